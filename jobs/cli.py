@@ -1,0 +1,176 @@
+"""The command `tagmill`: fit, tag, calibrate, show, register, demo."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs import entry
+from pipeline import config as configuration
+from pipeline.config import Config
+from pipeline.store import Run
+
+app = typer.Typer(
+    help="Tagmill tags documents with many labels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Sets = Annotated[list[str], typer.Option("--set", metavar="a.b=c", help="One setting; may be repeated.")]
+ConfigFile = Annotated[str | None, typer.Option("--config", metavar="FILE", help="YAML with what differs from the defaults.")]
+Master = Annotated[str | None, typer.Option(metavar="URL", help="Spark master; default local[*].")]
+Input = Annotated[str, typer.Option(metavar="PATH", help="Parquet, JSON Lines, CSV or TSV: file, folder or glob.")]
+RunDir = Annotated[str, typer.Option(metavar="DIR", help="Run folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo what was made with other settings or input.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Traceback on failure.")]
+
+
+def _guarded(function, debug: bool) -> None:
+    entry.logging_to_stderr(debug)
+    raise typer.Exit(entry.guarded(function, debug))
+
+
+@app.command()
+def fit(
+    input: Input,
+    run: RunDir,
+    config: ConfigFile = None,
+    set: Sets = [],  # noqa: B006  (typer reads it)
+    master: Master = None,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Fit a tagger: ingest, split, featurize, train, calibrate, evaluate, register.  The same command resumes."""
+
+    def command():
+        cfg, _ = configuration.load(config, [*set, *entry.master_setting(master)])
+        show_metrics(entry.fit(run, input, cfg, overwrite))
+
+    _guarded(command, debug)
+
+
+@app.command()
+def tag(
+    input: Input,
+    output: Annotated[str, typer.Option(metavar="PATH", help="Folder of Parquet that is made.")],
+    run: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of a finished fit.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="URI", help="Registered model, as models:/tagmill@champion.")] = None,
+    config: ConfigFile = None,
+    set: Sets = [],  # noqa: B006
+    master: Master = None,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Tag documents with a fitted run or a registered model."""
+    if (run is None) == (model is None):
+        raise typer.BadParameter("give either --run DIR or --model URI")
+
+    def command():
+        from jobs import tag as tagging
+
+        cfg = tagging.tag_config(run, config, [*set, *entry.master_setting(master)])
+        tagging.tag(run, model, input, output, cfg, overwrite)
+        print(output)
+
+    _guarded(command, debug)
+
+
+@app.command()
+def calibrate(
+    run: RunDir,
+    set: Sets = [],  # noqa: B006
+    master: Master = None,
+    debug: Debug = False,
+) -> None:
+    """New thresholds from the stored curves, evaluated again; nothing is trained."""
+
+    def command():
+        base = Run(run).info["config"]
+        cfg, _ = configuration.load(None, [*set, *entry.master_setting(master)], base)
+        other = [d for d in configuration.differences(base, cfg.model_dump(mode="json")) if d.split(".")[0] not in ("calibrate", "evaluate")]
+        if other:
+            raise configuration.ConfigError(f"--set {other[0]}: `tagmill calibrate` changes calibrate.* and evaluate.* only")
+        show_metrics(entry.fit(run, None, cfg, overwrite=True))
+
+    _guarded(command, debug)
+
+
+@app.command()
+def register(run: Annotated[str, typer.Argument(metavar="RUN")], set: Sets = [], debug: Debug = False) -> None:  # noqa: B006
+    """Send a finished run to MLflow, when the server was not there at the time of the fit."""
+
+    def command():
+        cfg, _ = configuration.load(None, ["mlflow.required=true", *set], Run(run).info["config"])
+        entry.fit(run, None, cfg, only="register")
+
+    _guarded(command, debug)
+
+
+@app.command()
+def show(
+    run: Annotated[str, typer.Argument(metavar="RUN|config", help="Run folder, or `config` for every setting.")],
+    label: Annotated[str | None, typer.Option(metavar="NAME", help="One label: counts, threshold, curve, weights.")] = None,
+    table: Annotated[str | None, typer.Option(metavar="NAME", help="One table of the run.")] = None,
+    output: Annotated[str | None, typer.Option(metavar="FILE", help="Write the table to .parquet or .csv.")] = None,
+    config: ConfigFile = None,
+    set: Sets = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show a run: metrics, labels, stages; one label; one table; or every setting and where it came from."""
+
+    def command():
+        from jobs import show as showing
+
+        if run == "config":
+            showing.settings(*configuration.load(config, set), as_json)
+        elif table:
+            showing.table(Run(run), table, output, as_json)
+        elif label is not None:
+            showing.label(Run(run), label, as_json)
+        else:
+            showing.overview(Run(run), as_json)
+
+    _guarded(command, debug)
+
+
+@app.command()
+def demo(
+    run: RunDir = "tagmill-demo",
+    set: Sets = [],  # noqa: B006
+    master: Master = None,
+    debug: Debug = False,
+) -> None:
+    """Fit on the docstrings of the installed libraries and tag five of them."""
+
+    def command():
+        from jobs import demo as demonstration
+
+        demonstration.demo(run, [*set, *entry.master_setting(master)])
+
+    _guarded(command, debug)
+
+
+def show_metrics(run: Run) -> None:
+    from jobs import show as showing
+
+    showing.metrics_table(json.loads(run.files("metrics.json")[0].read_text()))
+    print(f"\nreport   {run.root / 'report.html'}")
+
+
+def demo_config(sets: list[str]) -> Config:
+    path = Path(__file__).parent.parent / "conf" / "demo.yaml"
+    return configuration.load(path if path.is_file() else None, sets)[0]
+
+
+def main() -> None:
+    """Entry point of the command."""
+    sys.exit(app())
+
+
+if __name__ == "__main__":
+    main()

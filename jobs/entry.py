@@ -1,0 +1,364 @@
+"""The frame of every job: configuration, lock, session, skip what is current, measure, publish, exit code."""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline import config as configuration
+from pipeline import errors, sources
+from pipeline.config import Config
+from pipeline.errors import ConfigError, TagmillError, shown
+from pipeline.flow import FIT, Stage, upstream
+from pipeline.store import Run, explained, fingerprint, write_json
+
+log = logging.getLogger("tagmill")
+
+# the settings that decide what a stage writes; whatever is not named here may change without redoing the stage
+SETTINGS = {
+    "ingest": ("input", "ingest"),
+    "split": ("split", "train.folds", "train.dev"),
+    "featurize": ("featurize",),
+    "train": ("train",),
+    "calibrate": ("calibrate",),
+    "evaluate": ("evaluate",),
+    "register": ("mlflow.experiment", "mlflow.model", "mlflow.alias"),
+}
+LIMITS = ("ingest.max_rejected", "ingest.max_labels", "train.max_failed")  # stop a run, change no result
+
+
+class Job:
+    """A run folder with its configuration, and a Spark session that starts when it is first needed."""
+
+    def __init__(self, run: Run, cfg: Config):
+        self.run, self.cfg = run, cfg
+        self._spark = None
+
+    @property
+    def spark(self):
+        if self._spark is None:
+            from pipeline.session import session
+
+            log.info("spark: starting on %s", self.cfg.spark.master)
+            self._spark = session(self.cfg.spark, f"tagmill {self.run.root.name}")
+        return self._spark
+
+    def stop(self) -> None:
+        if self._spark is not None:
+            self._spark.stop()
+            self._spark = None
+
+    def recipe(self, stage: Stage, files: list[tuple[str, int, str]] | None = None) -> dict:
+        """What decides the output of a stage."""
+        inputs = {name: (self.run.manifest(name) or {}).get("fingerprint") for name in upstream(stage)}
+        if stage.name == "ingest":
+            inputs = {"files": sorted(digest for _, _, digest in files or ())}
+        return {"stage": stage.name, "settings": stage_settings(stage.name, self.cfg), "inputs": inputs, "code": code_version()}
+
+
+def stage_settings(stage: str, cfg: Config) -> dict[str, object]:
+    wanted = SETTINGS[stage]
+    return {
+        key: value
+        for key, value in configuration.flat(cfg).items()
+        if (key in wanted or key.split(".")[0] in wanted) and key not in LIMITS
+    }
+
+
+@functools.cache
+def code_version() -> str:
+    """Hash of the modules that compute, and of the versions of the packages that touch numbers."""
+    root = Path(configuration.__file__).parent
+    files = [root / "sources.py", root / "tables.py"]
+    for layer in ("kernels", "learners", "stages"):
+        files += sorted((root / layer).glob("*.py"))
+    total = hashlib.sha256()
+    for path in files:
+        total.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    for package in ("numpy", "scipy", "numba", "llvmlite", "pyarrow"):
+        total.update(f"{package} {importlib.metadata.version(package)}\0".encode())
+    return total.hexdigest()[:16]
+
+
+# -- a fit, or one stage of it -----------------------------------------------------------------------------------------
+
+
+def fit(run_dir: str, input_path: str | None, cfg: Config, overwrite: bool = False, only: str | None = None) -> Run:
+    """Run the fit flow, or one stage of it, in `run_dir`; what is current is skipped.
+
+    Raises ConfigError where the folder was made with other settings or another input, unless `overwrite`.
+    """
+    run = Run(run_dir)
+    info = run.info if run.exists else None
+    if input_path is None:
+        if info is None:
+            run.info  # noqa: B018  (raises: not a run folder)
+        input_path = info["input"]  # type: ignore[index]
+    plan = None
+    if only in (None, "ingest"):
+        plan = sources.plan(input_path, cfg.input)
+    run.prepare()
+    with run.writing():
+        job = Job(run, cfg)
+        _settle(job, info, input_path, overwrite)
+        try:
+            stages = [stage for stage in FIT if only in (None, stage.name)]
+            _refuse_others(job, stages, plan, overwrite)
+            for stage in stages:
+                run_stage(job, stage, plan)
+        finally:
+            job.stop()
+    return run
+
+
+def _settle(job, info, input_path, overwrite):
+    """Write run.json, or check that the one there says the same."""
+    config = job.cfg.model_dump(mode="json")
+    location = input_path if input_path.startswith("table:") else os.path.abspath(input_path.removeprefix("file://"))
+    if info is not None and not overwrite:
+        other = configuration.differences(info["config"], config)
+        if other:
+            raise ConfigError(
+                f"{job.run.root}: was made with other settings: {'; '.join(other[:5])}"
+                + (f" and {len(other) - 5} more" if len(other) > 5 else "")
+                + "; choose another --run, or --overwrite to redo what depends on them"
+            )
+    with explained(job.run.root, "write to"):
+        job.run.create({"config": config, "input": location})
+
+
+def _refuse_others(job, stages, plan, overwrite):
+    """Stop before anything is written where a finished stage came from another input, setting or version."""
+    for stage in stages:
+        manifest = job.run.manifest(stage.name)
+        if manifest is None:
+            continue
+        recipe = job.recipe(stage, plan.files if plan else None)
+        if stage.name == "ingest" and plan is None:
+            continue
+        if manifest["fingerprint"] == fingerprint(recipe):
+            continue
+        if not overwrite:
+            raise ConfigError(
+                f"{job.run.root}: stage {stage.name} was made from {_what_differs(manifest['recipe'], recipe)}; "
+                "choose another --run, or --overwrite to redo it and what builds on it"
+            )
+        later = [s.name for s in FIT[[s.name for s in FIT].index(stage.name) :]]
+        job.run.drop(later)
+        log.info("%s: redone from here on (%s)", stage.name, _what_differs(manifest["recipe"], recipe))
+        return
+
+
+def _what_differs(before, after):
+    parts = []
+    for key in after["settings"]:
+        old, new = before["settings"].get(key), after["settings"][key]
+        if old != new:
+            parts.append(f"{key} = {old!r} (now {new!r})")
+    if before["inputs"] != after["inputs"]:
+        parts.append("other input" if after["stage"] == "ingest" else "other upstream tables")
+    if before["code"] != after["code"]:
+        parts.append(f"another version of the code or of its numeric packages ({before['code']}, now {after['code']})")
+    return ", ".join(parts) or "another recipe"
+
+
+def run_stage(job: Job, stage: Stage, plan=None) -> None:
+    """One stage: skip it where it is current and whole, else compute, measure and publish it."""
+    from jobs.meter import Meter
+    from jobs.progress import watching
+
+    run = job.run
+    if stage.name == "ingest" and plan is None:
+        plan = sources.plan(run.info["input"], job.cfg.input)
+    for name in upstream(stage):
+        run.finished(name)
+    recipe = job.recipe(stage, plan.files if plan else None)
+    mark = fingerprint(recipe)
+    manifest = run.manifest(stage.name)
+    if manifest and manifest["fingerprint"] == mark:
+        damage = run.damage(stage.name)
+        if damage is None:
+            if stage.name == "evaluate":
+                _publish(run)
+            log.info("%s: up to date (%s)", stage.name, manifest["summary"])
+            return
+        log.warning("%s: %s; computed again", stage.name, damage)
+    if stage.name == "register":
+        _register(job, recipe)
+        return
+    # the blocks of train outlive an attempt: a second run solves only what is missing
+    attempt = run.attempt(stage.name, f"blocks-{mark}" if stage.name == "train" else None)
+    module = __import__(f"pipeline.stages.{stage.name}", fromlist=["summary"])
+    arguments = {
+        "ingest": lambda: (job.spark, plan, attempt, job.cfg),
+        "calibrate": lambda: (None, run, attempt, job.cfg),
+        "train": lambda: (job.spark, run, attempt, job.cfg, f"matrix-{recipe['inputs']['featurize']}-{recipe['inputs']['split']}"),
+    }.get(stage.name, lambda: (job.spark, run, attempt, job.cfg))()
+    with Meter() as meter, watching(getattr(arguments[0], "sparkContext", None), stage.name), explained(attempt, "write to"):
+        outcome = getattr(module, stage.name)(*arguments)
+    rows = {name: sum(item["rows"] for item in items) for name, items in outcome.tables.items()}
+    summary = module.summary(outcome.facts, rows)
+    run.commit(stage.name, attempt, recipe, outcome.tables, {**outcome.facts, **meter.facts(), "summary": summary})
+    if stage.name == "evaluate":
+        _publish(run)
+    log.info("%s: %s, %.1f s", stage.name, summary, meter.seconds)
+
+
+def _publish(run):
+    from pipeline.stages.evaluate import publish
+
+    publish(run)
+
+
+def _register(job, recipe):
+    """Send the finished run to MLflow.  Tracking is advisory: a server that does not answer costs a line, not the run."""
+    from pipeline import tracking
+
+    if not job.cfg.mlflow.enabled:
+        log.info("register: mlflow.enabled is false, nothing sent")
+        return
+    try:
+        sent = tracking.send(job.run, job.cfg)
+    except TagmillError as error:
+        if job.cfg.mlflow.required:
+            raise
+        log.warning("register: deferred: %s; the run is complete, send it later with: tagmill register %s", error, job.run.root)
+        return
+    attempt = job.run.attempt("register")
+    write_json(attempt / "sent.json", sent)
+    summary = f"MLflow run {sent['run_id']}, model {sent['model_uri']}"
+    job.run.commit("register", attempt, recipe, {}, {**sent, "seconds": sent["seconds"], "summary": summary})
+    log.info("register: %s, %.1f s", summary, sent["seconds"])
+
+
+# -- exit codes --------------------------------------------------------------------------------------------------------
+
+
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP arrived."""
+
+
+def guarded(function: Callable[[], object], debug: bool = False) -> int:
+    """Run a command; errors become one line on stderr and an exit code."""
+
+    def terminate(number, frame):
+        raise Terminated
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, terminate)
+    try:
+        function()
+    except Terminated:
+        print("tagmill: stopped by a signal; run the same command again to go on", file=sys.stderr)
+        return errors.TERMINATED
+    except KeyboardInterrupt:
+        print("tagmill: interrupted; run the same command again to go on", file=sys.stderr)
+        return errors.INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        known = translated(error)
+        if debug:
+            traceback.print_exc()
+        if known is None:
+            return _our_bug(error)
+        print(f"tagmill: {one_line(known)}", file=sys.stderr)
+        return known.code
+    return 0
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def translated(error: BaseException) -> TagmillError | None:
+    """Our error behind an exception: itself, the operating system's, or one that a Spark worker reported as text."""
+    if isinstance(error, TagmillError):
+        return error
+    if isinstance(error, OSError):
+        try:
+            with explained(error.filename or "a file", "use"):
+                raise error
+        except TagmillError as known:
+            return known
+    text = str(error)
+    match = re.search(r"pipeline\.errors\.(\w+): (.+)", text)
+    if match and hasattr(errors, match[1]):
+        return getattr(errors, match[1])(match[2].strip())
+    match = re.search(r"(?:OSError|PermissionError|FileNotFoundError): \[Errno (\d+)\] ([^:\n]+)(?:: '([^'\n]+)')?", text)
+    if match:
+        return translated(OSError(int(match[1]), match[2], match[3]))
+    match = re.search(r"java\.io\.IOException: (No space left on device)", text)
+    if match:
+        return errors.StorageError(f"{match[1]} in Spark's folder for temporary files; free some space or set spark.local.dir")
+    return None
+
+
+def _our_bug(error):
+    with tempfile.NamedTemporaryFile("w", prefix="tagmill-", suffix=".traceback", delete=False) as file:
+        traceback.print_exception(error, file=file)
+    first = one_line(error)[:200] or type(error).__name__
+    print(f"tagmill: unexpected {type(error).__name__}: {first}; the traceback is in {file.name}, please report it", file=sys.stderr)
+    return errors.TagmillError.code
+
+
+def logging_to_stderr(debug: bool = False) -> None:
+    """Lines of Tagmill's own log on stderr; libraries speak up at warnings."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    for name in ("tagmill", "pipeline"):
+        logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.INFO)
+    for name in ("py4j", "mlflow", "alembic", "numba"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class _OneLine(logging.Formatter):
+    """One line an event: a newline in data cannot forge a line."""
+
+    def format(self, record):
+        return shown(super().format(record), 2000)
+
+
+# -- one stage as a job ------------------------------------------------------------------------------------------------
+
+
+def stage_main(stage: str, argv: list[str] | None = None) -> int:
+    """The command line of jobs/<stage>.py."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog=f"jobs/{stage}.py", description=f"Stage {stage} of a Tagmill run.")
+    parser.add_argument("--run", required=True, metavar="DIR", help="run folder")
+    if stage == "ingest":
+        parser.add_argument("--input", metavar="PATH", help="documents; needed for a new run")
+    parser.add_argument("--config", metavar="FILE", help="YAML with settings that differ from the defaults")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="one setting; may be repeated")
+    parser.add_argument("--master", metavar="URL", help="Spark master")
+    parser.add_argument("--overwrite", action="store_true", help="redo the stage where settings or input differ")
+    parser.add_argument("--debug", action="store_true", help="traceback on failure")
+    args = parser.parse_args(argv)
+    logging_to_stderr(args.debug)
+
+    def job():
+        run = Run(args.run)
+        base = run.info["config"] if run.exists else None
+        cfg, _ = configuration.load(args.config, [*args.set, *master_setting(args.master)], base)
+        fit(args.run, getattr(args, "input", None), cfg, args.overwrite, only=stage)
+
+    return guarded(job, args.debug)
+
+
+def master_setting(master: str | None) -> list[str]:
+    """--master as a setting; under spark-submit the master that it was given."""
+    given = master or os.environ.get("SPARK_MASTER_URL") or ""
+    return [f"spark.master={json.dumps(given)}"] if given else []

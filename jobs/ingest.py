@@ -1,0 +1,6 @@
+"""Read, check and order the documents."""
+
+from jobs.entry import stage_main
+
+if __name__ == "__main__":
+    raise SystemExit(stage_main("ingest"))

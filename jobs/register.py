@@ -1,0 +1,6 @@
+"""Send the run to MLflow."""
+
+from jobs.entry import stage_main
+
+if __name__ == "__main__":
+    raise SystemExit(stage_main("register"))

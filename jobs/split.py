@@ -1,0 +1,6 @@
+"""Give every document its fold."""
+
+from jobs.entry import stage_main
+
+if __name__ == "__main__":
+    raise SystemExit(stage_main("split"))

@@ -1,0 +1,212 @@
+"""Tag new documents with a fitted run or a registered model.
+
+The output folder appears whole or not at all: the work is done in a hidden folder beside it, which takes its name at the end
+and is kept when the work is interrupted, so that the same command goes on where it stopped.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from jobs.entry import Job, code_version, stage_settings
+from jobs.meter import Meter
+from jobs.progress import watching
+from pipeline import sources
+from pipeline.config import Config
+from pipeline.errors import ConfigError, InputError
+from pipeline.flow import FIT
+from pipeline.stages import ingest as ingesting
+from pipeline.stages import tag as tagging
+from pipeline.store import Run, explained, fingerprint, sync_folder, write_json
+
+log = logging.getLogger("tagmill")
+
+CARD = "_MANIFEST.json"  # an underscore hides it from readers of the Parquet folder, as Spark's and Arrow's do
+
+
+def tag(run_dir: str | None, model: str | None, input_path: str, output: str, cfg: Config, overwrite: bool = False) -> dict:
+    """Tag `input_path` into the folder `output`; returns the manifest that is written beside the tags.
+
+    Raises ConfigError where `output` holds something else, InputError where the run is not finished.
+    """
+    out = Path(os.path.abspath(output.removeprefix("file://")))
+    plan = sources.plan(input_path, cfg.input, need_labels=False)
+    work = Run(out.parent / f".{out.name}.tagmill")
+    with explained(out, "create"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work.root.mkdir(exist_ok=True, mode=0o750)
+    with work.writing():
+        source, settings, identity = _fitted(run_dir, model, cfg, work)
+        recipe = {
+            "model": identity,
+            "files": sorted(digest for _, _, digest in plan.files),
+            "settings": {**stage_settings("ingest", cfg), "tag.max_tags": cfg.tag.max_tags},
+            "code": code_version(),
+        }
+        mark = fingerprint(recipe)
+        current = _card(out)
+        if current and current["fingerprint"] == mark:
+            log.info("tag: up to date (%s)", current["summary"])
+            shutil.rmtree(work.root)
+            return current
+        if out.exists() and (out.is_file() or any(out.iterdir())) and not overwrite:
+            what = "tags of another input, model or setting" if current else "something else"
+            work_is_new = not (work.root / "ingest").exists()
+            if work_is_new:
+                shutil.rmtree(work.root)
+            raise ConfigError(f"{out}: holds {what}; choose another --output, or --overwrite to replace it")
+        job = Job(work, cfg)
+        try:
+            card = _tag(job, plan, source, settings, recipe, out)
+        finally:
+            job.stop()
+        with explained(out, "publish"):
+            _publish(work.root / "result", out)
+        shutil.rmtree(work.root)
+    log.info("tag: %s", card["summary"])
+    return card
+
+
+def _fitted(run_dir, model, cfg, work):
+    """Where the fitted tagger is, its settings, and what identifies it."""
+    if run_dir is not None:
+        run = Run(run_dir)
+        fitted, _ = _config_of(run)
+        for name in ("ingest", "featurize", "train", "calibrate"):
+            run.finished(name)
+        _refuse_mixture(run)
+        settings = tagger_settings(fitted, cfg)
+        return {"run": str(run.root)}, settings, {"run": str(run.root), "thresholds": run.finished("calibrate")["fingerprint"]}
+    from pipeline import tracking
+
+    folder, facts = tracking.fetch_model(model, cfg.mlflow, work.root / "model")
+    return {"bundle": str(folder)}, {"max_tags": cfg.tag.max_tags}, facts
+
+
+def tagger_settings(fitted: Config, cfg: Config) -> dict:
+    """How text becomes features and how many tags are said: what `Tagger` needs besides tables."""
+    return {"ngrams": fitted.featurize.ngrams, "sublinear": fitted.featurize.sublinear, "max_tags": cfg.tag.max_tags}
+
+
+def _config_of(run):
+    from pipeline.config import load
+
+    return load(base=run.info["config"])
+
+
+def _refuse_mixture(run):
+    """While a fit is being redone, its folder holds tables of two configurations for a moment."""
+    for stage in FIT:
+        manifest = run.manifest(stage.name)
+        for name, mark in (manifest or {"recipe": {"inputs": {}}})["recipe"]["inputs"].items():
+            if name != "files" and mark != run.finished(name)["fingerprint"]:
+                raise ConfigError(f"{run.root}: {stage.name} was made from another {name}; finish the fit with the same `tagmill fit`")
+
+
+def _tag(job, plan, source, settings, recipe, out):
+    work, cfg = job.run, job.cfg
+    mark = fingerprint(recipe)
+    with Meter() as meter:
+        ingest_recipe = {"files": recipe["files"], "settings": recipe["settings"], "code": recipe["code"]}
+        manifest = work.manifest("ingest")
+        if not manifest or manifest["fingerprint"] != fingerprint(ingest_recipe) or work.damage("ingest"):
+            attempt = work.attempt("ingest")
+            with watching(job.spark.sparkContext, "ingest"):
+                outcome = ingesting.ingest(job.spark, plan, attempt, cfg, need_labels=False)
+            manifest = work.commit("ingest", attempt, ingest_recipe, outcome.tables, outcome.facts)
+        log.info("ingest: %s", ingesting.summary(manifest, manifest["rows"]))
+        result = work.root / "result"
+        shutil.rmtree(result, ignore_errors=True)
+        result.mkdir(mode=0o750)
+        with watching(job.spark.sparkContext, "tag"):
+            outcome = tagging.tag(job.spark, work.files("documents"), result, source, settings)
+        rejects = result / "_rejects"
+        rejects.mkdir()
+        for path in work.files("rejects"):
+            shutil.copyfile(path, rejects / path.name)
+    rows = {"tags": sum(item["rows"] for item in outcome.tables["tags"])}
+    card = {
+        "fingerprint": mark,
+        "recipe": recipe,
+        "tables": outcome.tables,
+        "rows": rows,
+        "records": manifest["records"],
+        "accepted": manifest["accepted"],
+        "rejected": manifest["rejected"],
+        **outcome.facts,
+        **meter.facts(),
+        "summary": tagging.summary(outcome.facts, rows),
+    }
+    if rows["tags"] != manifest["accepted"]:
+        raise AssertionError(f"{rows['tags']} documents tagged, {manifest['accepted']} accepted")
+    write_json(result / CARD, card)
+    sync_folder(result)
+    return card
+
+
+def _publish(result, out):
+    """Give the finished folder its name in one rename; an older one steps aside first."""
+    if out.exists():
+        aside = out.with_name(f".{out.name}.{hashlib.sha256(os.urandom(8)).hexdigest()[:8]}.old")
+        os.rename(out, aside)
+        os.rename(result, out)
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink()
+    else:
+        os.rename(result, out)
+    sync_folder(out.parent)
+
+
+def _card(out):
+    path = out / CARD
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON; remove {out} or choose another --output") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line of jobs/tag.py."""
+    import argparse
+
+    from jobs.entry import guarded, logging_to_stderr, master_setting
+    from pipeline import config as configuration
+
+    parser = argparse.ArgumentParser(prog="jobs/tag.py", description="Tag new documents with a fitted run or a registered model.")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", metavar="DIR", help="folder of a finished fit")
+    which.add_argument("--model", metavar="URI", help="registered model, such as models:/tagmill@champion")
+    parser.add_argument("--input", required=True, metavar="PATH")
+    parser.add_argument("--output", required=True, metavar="PATH", help="folder that is made")
+    parser.add_argument("--config", metavar="FILE")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c")
+    parser.add_argument("--master", metavar="URL", help="Spark master")
+    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--debug", action="store_true", help="traceback on failure")
+    args = parser.parse_args(argv)
+    logging_to_stderr(args.debug)
+
+    def job():
+        cfg = tag_config(args.run, args.config, [*args.set, *master_setting(args.master)])
+        tag(args.run, args.model, args.input, args.output, cfg, args.overwrite)
+
+    return guarded(job, args.debug)
+
+
+def tag_config(run_dir: str | None, path: str | None, sets: list[str]) -> Config:
+    """Settings of a tag job: those of the fitted run, so that the columns are found again, then file and --set."""
+    from pipeline import config as configuration
+
+    base = Run(run_dir).info["config"] if run_dir else None
+    return configuration.load(path, sets, base)[0]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,285 @@
+"""Settings: one frozen model per section, default, range and meaning beside each field.
+
+Defaults stand here and nowhere else.  A YAML file in `conf/` holds only what differs, `--set train.C=3` comes last.
+Importing this module does nothing else.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from pipeline.errors import ConfigError, InputError, shown
+
+MAX_CONFIG_BYTES = 1_000_000
+
+
+class Section(BaseModel):
+    """Frozen, no unknown keys, no silent conversion of text to numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class InputConfig(Section):
+    """Where the columns of the input are."""
+
+    doc_id: str = Field("doc_id", description="column with the document's identity: string or whole number")
+    text: tuple[str, ...] = Field(("text",), min_length=1, description="column, or list of columns joined by newlines")
+    labels: str = Field("labels", description="column with the labels: list of strings, or one string in CSV/TSV")
+    split: str | None = Field("split", description="column with train, dev or test; used where it exists")
+    label_separator: str = Field("|", min_length=1, description="between the labels of one CSV/TSV cell")
+    format: Literal["auto", "parquet", "jsonl", "csv", "tsv"] = Field("auto", description="auto goes by name and content")
+    max_document_bytes: PositiveInt = Field(20_000_000, le=1_000_000_000, description="UTF-8 bytes; longer: rejected")
+    max_labels_per_document: PositiveInt = Field(1_000, description="more: rejected")
+    max_label_bytes: PositiveInt = Field(1_000, description="UTF-8 bytes of one label; longer: rejected")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_column_is_a_list(cls, data):
+        if isinstance(data, dict) and isinstance(data.get("text"), str):
+            data = {**data, "text": (data["text"],)}
+        return data
+
+
+class IngestConfig(Section):
+    """Reading and checking documents."""
+
+    max_rejected: float = Field(0.1, ge=0, le=1, description="share of records; above it the run stops with exit code 65")
+    max_labels: PositiveInt = Field(1_000_000, description="distinct labels; above it the run stops with exit code 65")
+    min_label_documents: PositiveInt = Field(1, description="labels on fewer documents are left out of the label table")
+
+
+class SplitConfig(Section):
+    """Which documents are for testing."""
+
+    test: float = Field(0.2, ge=0, lt=1, description="share of documents, by hash of doc_id; unused where a split is given")
+    dev: Literal["train", "drop"] = Field("train", description="documents marked dev join the training folds, or are unused")
+    seed: int = Field(0, ge=0, description="of the hash that draws test documents and folds")
+
+
+class FeaturizeConfig(Section):
+    """Text to TF-IDF."""
+
+    min_df: PositiveInt = Field(2, description="training documents that hold a term; rarer terms are left out")
+    max_df: float = Field(1.0, gt=0, le=1, description="share of training documents; more frequent terms are left out")
+    max_features: PositiveInt = Field(2_000_000, description="most frequent terms kept")
+    ngrams: int = Field(1, ge=1, le=3, description="longest run of words that is a term")
+    sublinear: bool = Field(True, description="1 + log(count) instead of count")
+
+
+class TrainConfig(Section):
+    """One linear model a label."""
+
+    C: PositiveFloat = Field(10.0, ge=1e-4, le=1e4, description="weight of the loss against the penalty (liblinear)")
+    folds: int = Field(3, ge=0, le=15, description="out-of-fold models a label; 0: one model, curves from dev documents")
+    dev: float = Field(0.1, gt=0, lt=1, description="with folds 0 and no dev documents: share of training documents held out")
+    gap: PositiveFloat = Field(0.01, description="a lane is done when its relative duality gap is below this")
+    max_epochs: PositiveInt = Field(60, description="passes over the rows still moving; then status not_converged")
+    prune: float = Field(0.001, ge=0, lt=1, description="share by which dropping small weights may raise a label's objective")
+    labels_per_block: PositiveInt = Field(64, description="labels of one task")
+    max_failed: int = Field(0, ge=0, description="labels that may fail before the run stops with exit code 65")
+    seed: int = Field(0, ge=0, description="of the order in which rows are visited")
+
+    @model_validator(mode="after")
+    def _folds_are_none_or_several(self):
+        if self.folds == 1:
+            raise ValueError("folds is 1; expected 0 (curves from dev documents) or 2 to 15")
+        return self
+
+
+class CalibrateConfig(Section):
+    """Scores to decisions."""
+
+    rule: Literal["per_label", "global", "fixed"] = Field("per_label", description="one threshold a label, one for all, or 0.5")
+    guard: float = Field(2.0, ge=0, description="pseudo-positives, alike those of labels of similar support, per label")
+    micro: float = Field(0.1, ge=0, description="weight of a label's part in micro F1 beside its own F1")
+    pooling: float = Field(10.0, ge=0, description="the same for the map from scores to probabilities")
+
+
+class EvaluateConfig(Section):
+    """Conventions that change a number."""
+
+    if_undefined: Literal[0, 1] = Field(0, description="value of 0/0 in precision, recall, F1 and Jaccard")
+    propensity_a: float = Field(0.55, description="A of the propensity model (Jain et al. 2016)")
+    propensity_b: float = Field(1.5, description="B of the propensity model (Jain et al. 2016)")
+
+
+class TagConfig(Section):
+    """What is said of a new document."""
+
+    max_tags: int = Field(0, ge=0, description="at most this many tags a document, the most probable; 0: no limit")
+
+
+class SparkConfig(Section):
+    """Where and how wide the work runs.  Nothing here changes a result."""
+
+    master: str = Field("local[*]", description="as spark-submit's --master; local modes retry a failed task three times")
+    partitions: int = Field(0, ge=0, le=100_000, description="parts of the document tables; 0: from size and cores")
+    driver_memory: str = Field("2g", pattern=r"^\d+[mg]$", description="heap of the driver's JVM")
+    cache_dir: str = Field("", description="host folder of the shared feature matrix; empty: the temporary folder")
+    options: dict[str, str] = Field(default_factory=dict, description="further Spark settings, spark.* keys")
+
+
+class MlflowConfig(Section):
+    """Where finished runs are reported."""
+
+    enabled: bool = Field(True, description="false: register does nothing")
+    tracking_uri: str = Field("", description="empty: MLFLOW_TRACKING_URI, else a SQLite store in the user's data folder")
+    experiment: str = Field("tagmill", min_length=1, description="experiment that the run is logged to")
+    model: str = Field("tagmill", min_length=1, description="registered model")
+    alias: str = Field("champion", description="alias that moves to the new version, last of all; empty: none")
+    required: bool = Field(False, description="true: an unreachable server is exit code 69")
+    timeout: PositiveInt = Field(15, description="seconds before an unreachable server is given up")
+
+
+class Config(Section):
+    """Everything that can be set."""
+
+    input: InputConfig = InputConfig()
+    ingest: IngestConfig = IngestConfig()
+    split: SplitConfig = SplitConfig()
+    featurize: FeaturizeConfig = FeaturizeConfig()
+    train: TrainConfig = TrainConfig()
+    calibrate: CalibrateConfig = CalibrateConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tag: TagConfig = TagConfig()
+    spark: SparkConfig = SparkConfig()
+    mlflow: MlflowConfig = MlflowConfig()
+
+
+# sections that say where work runs and is reported: they may change between a run and its resumption
+VOLATILE = ("spark", "mlflow", "tag")
+
+Origins = dict[str, str]  # "train.C" -> where its value came from
+
+
+def load(path: str | Path | None = None, sets: tuple[str, ...] | list[str] = (), base: dict | None = None) -> tuple[Config, Origins]:
+    """Defaults, then `base` (a run's own configuration), then the file, then `--set` entries, checked as a whole.
+
+    Raises ConfigError naming the key, its value, what was expected and, for an unknown key, the nearest known one.
+    """
+    merged: dict[str, Any] = {}
+    origins: Origins = {}
+    if base:
+        _merge(merged, base, "the run", origins)
+    if path:
+        _merge(merged, _read_yaml(Path(path)), str(path), origins)
+    for item in sets:
+        _merge(merged, _parse_set(item), f"--set {item}", origins)
+    try:
+        config = Config.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(e, origins) for e in error.errors())) from error
+    return config, origins
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """{"train.C": 10.0, ...}: every setting."""
+    return {f"{name}.{key}": value for name, section in config.model_dump(mode="json").items() for key, value in section.items()}
+
+
+def differences(before: dict, after: dict) -> list[str]:
+    """Settings that differ and may not: "train.C is 1.0, 10.0 in the run".  Volatile sections may differ."""
+    old, new = (flat(Config.model_validate(c)) for c in (before, after))
+    return [
+        f"{key} is {new[key]!r}, {old[key]!r} in the run"
+        for key in new
+        if old[key] != new[key] and key.split(".")[0] not in VOLATILE
+    ]
+
+
+def describe() -> dict[str, str]:
+    """{"train.C": "weight of the loss ..."}: what every setting means."""
+    return {
+        f"{name}.{key}": info.description or ""
+        for name, field in Config.model_fields.items()
+        for key, info in field.annotation.model_fields.items()  # type: ignore[union-attr]
+    }
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML without aliases; a key given twice is refused."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path):
+    if not path.is_file():
+        raise InputError(f"{path}: no such configuration file")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: {path.stat().st_size} bytes; a configuration has at most {MAX_CONFIG_BYTES}")
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {shown(str(error), 200)}") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(v, dict) for v in value.values()):
+        raise ConfigError(f"{path}: expected sections with settings, such as\ntrain:\n  C: 10".replace("\n", " ⏎ "))
+    return value
+
+
+def _parse_set(item):
+    key, equals, text = item.partition("=")
+    section, dot, name = key.partition(".")
+    if not (equals and dot and section and name):
+        raise ConfigError(f"--set {shown(item)}: expected section.name=value, such as train.C=10")
+    try:
+        value = yaml.load(text, _StrictLoader) if text else ""
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {shown(item)}: the value is not valid YAML") from error
+    if isinstance(value, str):
+        value = _number(value)  # YAML reads 1e-3 as text
+    inner = name.split(".", 1)
+    return {section: {inner[0]: {inner[1]: value}}} if len(inner) == 2 else {section: {name: value}}
+
+
+def _number(text):
+    try:
+        return float(text) if any(c.isdigit() for c in text) else text
+    except ValueError:
+        return text
+
+
+def _merge(merged, extra, source, origins):
+    for section, settings in extra.items():
+        for key, value in settings.items():
+            inside = merged.setdefault(section, {})
+            if isinstance(value, dict) and isinstance(inside.get(key), dict):
+                value = {**inside[key], **value}
+            inside[key] = value
+            origins[f"{section}.{key}"] = source
+
+
+def _explain(error, origins):
+    place = ".".join(str(part) for part in error["loc"])
+    source = origins.get(".".join(str(part) for part in error["loc"][:2]), "")
+    where = f" (from {source})" if source and not source.startswith("--set") else ""
+    if error["type"] == "extra_forbidden":
+        known = list(Config.model_fields) if len(error["loc"]) == 1 else list(describe())
+        near = difflib.get_close_matches(place, known, n=1, cutoff=0.3)
+        hint = f"; the nearest known one is {near[0]}" if near else ""
+        return f"{shown(place)} is not a setting{where}{hint}; `tagmill show config` lists all"
+    expected = error["msg"].removeprefix("Value error, ").replace("Input should be ", "").replace("Input should ", "")
+    if error["type"] == "value_error":
+        return f"{place}: {expected}{where}"
+    return f"{place} is {shown(repr(error['input']))}; expected {expected}{where}{_meaning(place)}"
+
+
+def _meaning(place):
+    text = describe().get(place)
+    return f" ({text})" if text else ""

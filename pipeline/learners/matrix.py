@@ -1,0 +1,147 @@
+"""The training matrix of a host: built once, memory-mapped by every worker on it.
+
+    features, folds, documents (labels)  ->  indptr, indices, data, squares, fold, gold  (one .npy each)
+
+One process builds, under a lock; the others wait and map.  The folder is named by the fingerprint of its content, so a
+later run with the same features finds it again and a different one never mixes with it.
+"""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.kernels.lockstep import Rows
+from pipeline.learners.ovr import Gold
+
+ARRAYS = ("indptr", "indices", "data", "squares", "fold", "gold_indptr", "gold_rows")
+
+
+def host_folder(cache_dir: str, key: str) -> Path:
+    """Where this host keeps the arrays `key`; private to the user."""
+    root = Path(cache_dir or tempfile.gettempdir()) / f"tagmill-{os.getuid()}"
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if root.is_symlink() or root.stat().st_uid != os.getuid():
+        raise PermissionError(13, "belongs to another user", str(root))
+    return root / key
+
+
+def shared(folder: Path, build: Callable[[Path], None]) -> Path:
+    """`folder`, built by exactly one process of this host."""
+    if not folder.is_dir():
+        with open(folder.with_name(folder.name + ".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.is_dir():
+                part = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+                try:
+                    build(part)
+                    os.rename(part, folder)
+                finally:
+                    shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def clean(folder: Path) -> None:
+    """Remove a shared folder; processes that have it mapped keep their pages."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.with_name(folder.name + ".lock").unlink(missing_ok=True)
+
+
+def build(folder: Path, feature_files, fold_files, document_files, labels: list[str], features: int) -> None:
+    """Write the arrays of all training rows (fold >= 0), in row order, to `folder`.
+
+    Parts are read one at a time; memory stays at one part and what is appended.
+    """
+    fold = np.concatenate([_column(path, "fold") for path in fold_files] or [np.empty(0, np.int32)])
+    training = fold >= 0
+    with _appending(folder, "indices", np.int32) as indices, _appending(folder, "data", np.float32) as data:
+        lengths, squares = [np.zeros(1, np.int64)], []
+        for path in feature_files:
+            part = pq.read_table(path).combine_chunks()
+            part = part.filter(pa.array(training[part["row"].to_numpy()])).combine_chunks()
+            count = pc.list_value_length(part["indices"]).to_numpy().astype(np.int64)
+            values = pc.list_flatten(part["values"]).to_numpy()
+            indices(pc.list_flatten(part["indices"]).to_numpy())
+            data(values)
+            lengths.append(count)
+            sums = np.concatenate([[0.0], np.cumsum(np.square(values, dtype=np.float64))])
+            ends = np.cumsum(count)
+            squares.append((sums[ends] - sums[ends - count] + 1.0).astype(np.float32))
+    np.save(folder / "indptr.npy", np.cumsum(np.concatenate(lengths)))
+    np.save(folder / "squares.npy", np.concatenate(squares or [np.empty(0, np.float32)]))
+    np.save(folder / "fold.npy", fold[training].astype(np.int8))
+    gold_indptr, gold_rows = gold_by_label(document_files, labels, training)
+    np.save(folder / "gold_indptr.npy", gold_indptr)
+    np.save(folder / "gold_rows.npy", gold_rows)
+    np.save(folder / "features.npy", np.array([features]))
+
+
+def gold_by_label(document_files, labels: list[str], kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each label the rows that carry it, counted among the kept rows: indptr (L + 1,) int64, rows int32 ascending."""
+    place = np.cumsum(kept) - 1
+    rows, ids = [], []
+    for path in document_files:
+        part = pq.read_table(path, columns=["row", "labels"]).combine_chunks()
+        row, label_id = gold_pairs(part, labels)
+        mask = kept[row]
+        rows.append(place[row[mask]].astype(np.int32))
+        ids.append(label_id[mask])
+    rows, ids = (np.concatenate(x) if x else np.empty(0, np.int32) for x in (rows, ids))
+    order = np.argsort(ids, kind="stable")
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(ids, minlength=len(labels)))]).astype(np.int64)
+    return indptr, rows[order]
+
+
+def gold_pairs(documents: pa.Table, labels: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(row, label_id) of every assignment whose label is in `labels` (sorted), rows in order."""
+    flat = pc.list_flatten(documents["labels"])
+    parent = pc.list_parent_indices(documents["labels"])
+    row = documents["row"].to_numpy()[parent.to_numpy()]
+    found = pc.index_in(flat, value_set=pa.array(labels, pa.string()))
+    mask = pc.is_valid(found).to_numpy()
+    return row[mask], found.to_numpy(zero_copy_only=False)[mask].astype(np.int32)
+
+
+def open_shared(folder: Path) -> tuple[Rows, Gold]:
+    """Map the arrays of a built folder."""
+    a = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS}
+    features = int(np.load(folder / "features.npy", allow_pickle=False)[0])
+    # the kernels want plain arrays: a view on the same pages
+    a = {name: np.asarray(array) for name, array in a.items()}
+    rows = Rows(a["indptr"], a["indices"], a["data"], a["squares"], features)
+    return rows, Gold(a["gold_indptr"], a["gold_rows"], a["fold"])
+
+
+def _column(path, name):
+    return pq.read_table(path, columns=[name])[name].to_numpy()
+
+
+class _appending:
+    """A one-dimensional .npy file that grows; the header is written when the length is known."""
+
+    def __init__(self, folder, name, dtype):
+        self.path, self.dtype, self.size = folder / f"{name}.npy", np.dtype(dtype), 0
+        self.offset = 128
+
+    def __enter__(self):
+        self.file = open(self.path, "wb")  # noqa: SIM115  (closed in __exit__)
+        self.file.write(b" " * self.offset)
+        return self
+
+    def __call__(self, values):
+        np.ascontiguousarray(values, self.dtype).tofile(self.file)
+        self.size += len(values)
+
+    def __exit__(self, *_):
+        header = str({"descr": self.dtype.str, "fortran_order": False, "shape": (self.size,)})
+        start = b"\x93NUMPY\x01\x00" + (self.offset - 10).to_bytes(2, "little")
+        self.file.seek(0)
+        self.file.write(start + header.ljust(self.offset - 11).encode() + b"\n")
+        self.file.close()

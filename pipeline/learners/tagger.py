@@ -1,0 +1,204 @@
+"""A fitted tagger: text -> scores -> probabilities -> tags, as arrays.
+
+It is a folder of plain files (JSON, Parquet, .npy), checked by SHA-256 before anything is parsed; nothing in it is code.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+
+from pipeline.errors import ConfigError, DataError
+from pipeline.kernels import scoring
+from pipeline.learners.vectorizer import Vocabulary, batches, one_array, vectorize
+from pipeline.tables import TABLES
+
+FORMAT = 1
+SCORES_AT_ONCE = 8_000_000  # documents x labels held as a dense block
+
+
+class Weights(NamedTuple):
+    """W (d, L) by feature, and the bias: what `kernels.scoring.score_rows` reads."""
+
+    indptr: np.ndarray  # (d + 1,) int64
+    labels: np.ndarray  # (nnz,) int32
+    values: np.ndarray  # (nnz,) float32
+    bias: np.ndarray  # (L,) float32
+
+    @classmethod
+    def load(cls, folder: Path) -> "Weights":
+        """Map the four arrays weights-<name>.npy of a folder."""
+        return cls(*(np.asarray(np.load(folder / f"weights-{n}.npy", mmap_mode="r", allow_pickle=False)) for n in cls._fields))
+
+    @classmethod
+    def build(cls, folder: Path, model_files, features: int, labels: int) -> list[Path]:
+        """Turn the rows of `label_models` (by label) into weights by feature, on disk: two passes, no dense matrix."""
+        counts = np.zeros(features + 1, np.int64)
+        for part in map(pq.read_table, model_files):
+            scoring.count_per_feature(_flat(part, "indices"), counts)
+        indptr = np.cumsum(counts)
+        paths = [folder / f"weights-{name}.npy" for name in cls._fields]
+        np.save(paths[0], indptr)
+        label_of = np.lib.format.open_memmap(paths[1], "w+", np.int32, (int(indptr[-1]),))
+        value_of = np.lib.format.open_memmap(paths[2], "w+", np.float32, (int(indptr[-1]),))
+        bias = np.zeros(labels, np.float32)
+        # labels ascending within a feature, so that the bytes do not depend on the order of the blocks
+        where = [
+            (label_id, path, row)
+            for path in model_files
+            for row, label_id in enumerate(pq.read_table(path, columns=["label_id"])["label_id"].to_pylist())
+        ]
+        cursor = indptr[:-1].copy()
+        loaded: dict = {}
+        for label_id, path, row in sorted(where):
+            if path not in loaded:
+                loaded[path] = _Models(path)
+            bias[label_id], indices, weights = loaded[path].row(row)
+            scoring.scatter_weights(label_id, indices, weights, cursor, label_of, value_of)
+        label_of.flush()
+        value_of.flush()
+        np.save(paths[3], bias)
+        return paths
+
+    def score(self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """(m, L) float32 scores of CSR rows."""
+        S = np.empty((indptr.size - 1, self.bias.size), np.float32)
+        scoring.score_rows(indptr, indices, values, *self[:3], self.bias, S)
+        return S
+
+
+class _Models:
+    """Rows of one part of label_models without a Python object a weight."""
+
+    def __init__(self, path):
+        table = pq.read_table(path, columns=["bias", "indices", "weights"])
+        self.bias = table["bias"].to_numpy()
+        self.indices, self.weights = _flat(table, "indices"), _flat(table, "weights")
+        lengths = pa.compute.list_value_length(table["indices"]).to_numpy()
+        self.ends = np.cumsum(lengths)
+        self.starts = self.ends - lengths
+
+    def row(self, k):
+        inside = slice(self.starts[k], self.ends[k])
+        return self.bias[k], self.indices[inside], self.weights[inside]
+
+
+class Decisions(NamedTuple):
+    """Thresholds and probability maps by label, from the table `thresholds`."""
+
+    threshold: np.ndarray  # (L,) float64, +inf: never
+    a: np.ndarray  # (L,) float64
+    b: np.ndarray  # (L,) float64
+
+    @classmethod
+    def from_table(cls, thresholds: pa.Table) -> "Decisions":
+        thresholds = thresholds.sort_by("label_id")
+        cut = thresholds["threshold"].fill_null(float("inf"))
+        return cls(cut.to_numpy(), thresholds["a"].to_numpy(), thresholds["b"].to_numpy())
+
+    def log_odds(self, S: np.ndarray) -> np.ndarray:
+        """Calibrated log-odds a score + b, (m, L) float64: what labels are ranked by."""
+        return S * self.a + self.b
+
+
+class Tagger(NamedTuple):
+    """Everything that is needed to tag a text."""
+
+    vocabulary: Vocabulary
+    weights: Weights
+    decisions: Decisions
+    labels: list[str]
+    settings: dict  # featurize.*, tag.* and the identity of the run
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Tagger":
+        """From a folder written by `save`.  Raises DataError where a file has changed, ConfigError for a newer format."""
+        folder = Path(folder)
+        card = json.loads((folder / "tagger.json").read_text(encoding="utf-8"))
+        if card["format"] > FORMAT:
+            raise ConfigError(f"{folder}: format {card['format']} is newer than this version reads ({FORMAT}); upgrade tagmill")
+        for name, expected in card["sha256"].items():
+            if Path(name).name != name or not (folder / name).is_file() or sha256(folder / name) != expected:
+                raise DataError(f"{folder / name}: missing or changed since the model was written; fetch the model again")
+        return cls.from_tables(
+            pq.read_table(folder / "vocabulary.parquet"),
+            pq.read_table(folder / "labels.parquet"),
+            pq.read_table(folder / "thresholds.parquet"),
+            Weights.load(folder),
+            card["settings"],
+        )
+
+    @classmethod
+    def from_tables(cls, vocabulary, labels, thresholds, weights: Weights, settings: dict) -> "Tagger":
+        names = labels.sort_by("label_id")["label"].to_pylist()
+        if not len(names) == weights.bias.size == thresholds.num_rows:
+            raise DataError(
+                f"the model has {weights.bias.size} labels, the label table {len(names)}, thresholds {thresholds.num_rows}; "
+                "they belong to different runs"
+            )
+        return cls(Vocabulary.from_table(vocabulary), weights, Decisions.from_table(thresholds), names, settings)
+
+    def scores(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+        """(m, L) float32 scores and (m,) the number of known terms of each text."""
+        indptr, indices, values = vectorize(texts, self.vocabulary, self.settings["ngrams"], self.settings["sublinear"])
+        return self.weights.score(indptr, indices, values), np.diff(indptr)
+
+    def tag(self, doc_ids: pa.Array, texts: pa.Array) -> pa.Table:
+        """Rows of the table `tags`; a text without any known term is scored by the bias alone."""
+        pieces = list(self.tag_batches(pa.table({"doc_id": doc_ids, "text": texts})))
+        return pa.concat_tables([TABLES["tags"].schema.empty_table(), *(tags for tags, _ in pieces)])
+
+    def tag_batches(self, documents: pa.Table) -> Iterator[tuple[pa.Table, int]]:
+        """Tags of slices of `documents` (doc_id, text), and how many of them had no known term."""
+        rows = max(1, SCORES_AT_ONCE // max(1, len(self.labels)))
+        for batch in batches(documents):
+            for start in range(0, batch.num_rows, rows):
+                part = batch.slice(start, rows).combine_chunks()
+                S, known = self.scores(one_array(part["text"]))
+                lists = tag_lists(S, self.decisions, self.labels, self.settings["max_tags"])
+                yield pa.table([part["doc_id"], lists], schema=TABLES["tags"].schema), int((known == 0).sum())
+
+
+def tag_lists(S: np.ndarray, decisions: Decisions, labels: list[str], max_tags: int = 0) -> pa.Array:
+    """Tags of scored rows: list of struct(label, score, probability, threshold), most probable first, then by label."""
+    indptr, ids = scoring.tags_of_rows(S, decisions.threshold)
+    row = np.repeat(np.arange(S.shape[0]), np.diff(indptr))
+    score = S[row, ids].astype(np.float64)
+    log_odds = score * decisions.a[ids] + decisions.b[ids]
+    order = np.lexsort((ids, -log_odds, row))
+    if max_tags:
+        order = order[np.arange(order.size) - indptr[row] < max_tags]
+        indptr = np.concatenate([[0], np.cumsum(np.minimum(np.diff(indptr), max_tags))])
+    ids, score, log_odds = ids[order], score[order], log_odds[order]
+    with np.errstate(over="ignore"):
+        probability = 1.0 / (1.0 + np.exp(-log_odds))
+    fields = TABLES["tags"].schema.field("tags").type.value_type
+    names = pa.DictionaryArray.from_arrays(ids, pa.array(labels, pa.string())).cast(pa.string())
+    columns = [names, pa.array(score), pa.array(probability), pa.array(decisions.threshold[ids])]
+    structs = pa.StructArray.from_arrays(columns, fields=list(fields))
+    return pa.ListArray.from_arrays(pa.array(indptr.astype(np.int32)), structs).cast(TABLES["tags"].schema.field("tags").type)
+
+
+def save(folder: Path, vocabulary: pa.Table, labels: pa.Table, thresholds: pa.Table, weight_files, settings: dict) -> None:
+    """Write a tagger folder for `Tagger.load`."""
+    for name, table in (("vocabulary", vocabulary), ("labels", labels), ("thresholds", thresholds)):
+        pq.write_table(table, folder / f"{name}.parquet", compression="zstd")
+    for path in weight_files:
+        (folder / path.name).write_bytes(path.read_bytes())
+    card = {"format": FORMAT, "settings": settings, "sha256": {p.name: sha256(p) for p in sorted(folder.iterdir())}}
+    (folder / "tagger.json").write_text(json.dumps(card, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flat(table, column):
+    return pa.compute.list_flatten(table[column]).combine_chunks().to_numpy()

@@ -1,0 +1,35 @@
+"""Calibrate.
+
+    labels, curves, histograms (and the status of each model)  ->  thresholds
+
+Everything is read off the stored curves: another rule takes seconds and no training.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.learners.decide import choose
+from pipeline.stages.parts import Outcome
+from pipeline.store import Run, write_part
+
+
+def calibrate(spark, run: Run, attempt: Path, cfg) -> Outcome:
+    """One threshold and one probability map a label.  The curves are small, so the driver does it."""
+    status = run.read("label_models", ["label_id", "status"]).sort_by("label_id")["status"].to_pylist()
+    thresholds = choose(run.read("curves"), run.read("histograms"), status, cfg.calibrate)
+    cuts = thresholds["threshold"].drop_null().to_numpy()
+    facts = {
+        "rule": cfg.calibrate.rule,
+        "labels_never_tagged": thresholds["threshold"].null_count,
+        "threshold_quartiles": [float(q) for q in np.percentile(cuts, [25, 50, 75])] if cuts.size else [],
+    }
+    return Outcome({"thresholds": [write_part(attempt, "thresholds", thresholds, 0)]}, facts)
+
+
+def summary(facts: dict, rows: dict) -> str:
+    quartiles = ", ".join(f"{q:.2f}" for q in facts["threshold_quartiles"])
+    return (
+        f"{rows['thresholds']:,} thresholds by rule {facts['rule']} (quartiles {quartiles} in log-odds), "
+        f"{facts['labels_never_tagged']:,} labels are never tagged"
+    )

@@ -1,0 +1,134 @@
+"""Featurize.
+
+    documents, folds  ->  vocabulary (feature_id, term, hash, df, idf), features (row, indices, values)
+
+The vocabulary is exact and comes from training documents only: every term is counted by its 64-bit hash, one occurrence
+gives it its name.  Feature ids go by falling document frequency, so that the weights of frequent terms lie together.
+"""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.errors import DataError
+from pipeline.kernels.text import smooth_idf
+from pipeline.learners.vectorizer import Vocabulary, batches, count_documents, one_array, vectorize
+from pipeline.stages.parts import Outcome, run_tasks, task_frame, tasks_of
+from pipeline.store import Run, write_part
+from pipeline.tables import TABLES
+
+SEPARATOR = "\n"
+
+
+def featurize(spark, run: Run, attempt: Path, cfg) -> Outcome:
+    """Fit the vocabulary and write one TF-IDF row a document.  Raises DataError where no term is left."""
+    pairs = list(zip(run.files("documents"), run.files("folds"), strict=True))
+    training = int(sum(run.manifest("split")["documents"][kind] for kind in ("train",)))
+    counted, collisions = count_terms(spark, pairs, cfg.featurize.ngrams, cfg.featurize.min_df)
+    vocabulary = choose_terms(counted, training, cfg.featurize)
+    if vocabulary.num_rows == 0:
+        raise DataError(
+            f"no term stands in at least {cfg.featurize.min_df} of {training} training documents; "
+            "expected text in the column(s) of input.text, or a lower featurize.min_df"
+        )
+    written = write_part(attempt, "vocabulary", vocabulary, 0)
+    done = run_tasks(
+        spark,
+        "featurize: apply the vocabulary",
+        apply_part,
+        [
+            (str(documents), str(attempt), number, str(attempt / written["file"]), cfg.featurize)
+            for number, (documents, _) in enumerate(pairs)
+        ],
+    )
+    facts = {
+        "terms": vocabulary.num_rows,
+        "hash_collisions": collisions,
+        "nonzeros": sum(nonzeros for _, nonzeros, _ in done),
+        "documents_without_features": sum(empty for _, _, empty in done),
+    }
+    return Outcome({"vocabulary": [written], "features": [e for e, _, _ in done]}, facts)
+
+
+def summary(facts: dict, rows: dict) -> str:
+    return (
+        f"{facts['terms']:,} terms, {facts['nonzeros']:,} non-zeros in {rows['features']:,} rows, "
+        f"{facts['documents_without_features']:,} documents without a known term"
+    )
+
+
+def count_terms(spark, pairs, ngrams: int, min_df: int) -> tuple[pa.Table, int]:
+    """Terms on at least `min_df` training documents (hash, df, term), and how many hashes stand for two terms."""
+    from pyspark.sql import functions as F
+
+    spark.sparkContext.setJobDescription("featurize: count terms")
+    counted = (
+        task_frame(spark, [SEPARATOR.join(map(str, pair)) for pair in pairs])
+        .mapInArrow(_term_counter(ngrams), "hash bigint, df bigint, term string")
+        .groupBy("hash")
+        .agg(F.sum("df").alias("df"), F.min("term").alias("term"), (F.min("term") != F.max("term")).alias("collided"))
+        .where(F.col("df") >= min_df)
+        .toArrow()
+    )
+    return counted, int(pc.sum(counted["collided"].cast(pa.int64())).as_py() or 0)
+
+
+def choose_terms(counted: pa.Table, n: int, cfg) -> pa.Table:
+    """The table `vocabulary` from counted terms: by falling df, then by term."""
+    kept = counted.filter(pc.less_equal(counted["df"], int(cfg.max_df * n)))
+    kept = kept.sort_by([("df", "descending"), ("term", "ascending"), ("hash", "ascending")]).slice(0, cfg.max_features)
+    df = kept["df"].to_numpy()
+    columns = [np.arange(len(df), dtype=np.int32), kept["term"], kept["hash"], df, smooth_idf(df, n)]
+    return pa.table(columns, schema=TABLES["vocabulary"].schema)
+
+
+def _term_counter(ngrams):
+    def count(rows):
+        for task in tasks_of(rows):
+            documents, folds = task.split(SEPARATOR)
+            table = pq.read_table(documents, columns=["text"])
+            kept = pc.greater_equal(pq.read_table(folds, columns=["fold"])["fold"], 0)
+            partial = []
+            for batch in batches(table.filter(kept)):
+                partial.append(count_documents(one_array(batch["text"]), ngrams))
+                if len(partial) > 8:
+                    partial = [_merged(partial)]
+            if partial:
+                yield from _merged(partial).to_batches(max_chunksize=50_000)
+
+    return count
+
+
+def _merged(partial):
+    """Counts of the same term added up."""
+    if len(partial) == 1:
+        return partial[0]
+    merged = pa.concat_tables(partial).group_by("hash").aggregate([("df", "sum"), ("term", "min")])
+    return merged.select(["hash", "df_sum", "term_min"]).rename_columns(["hash", "df", "term"])
+
+
+@functools.lru_cache(maxsize=1)
+def _vocabulary(path):
+    return Vocabulary.from_table(pq.read_table(path, columns=["feature_id", "hash", "idf"]))
+
+
+def apply_part(task):
+    """Features of one part of documents: entry for the manifest, non-zeros, documents without a known term."""
+    documents, attempt, number, vocabulary, cfg = task
+    known = _vocabulary(vocabulary)
+    totals = [0, 0]
+
+    def rows():
+        for batch in batches(pq.read_table(documents, columns=["row", "text"])):
+            indptr, indices, values = vectorize(one_array(batch["text"]), known, cfg.ngrams, cfg.sublinear)
+            totals[0] += indices.size
+            totals[1] += int((np.diff(indptr) == 0).sum())
+            offsets = pa.array(indptr.astype(np.int32))
+            lists = [pa.ListArray.from_arrays(offsets, pa.array(x)) for x in (indices, values)]
+            yield pa.table([batch["row"], *lists], schema=TABLES["features"].schema)
+
+    return write_part(Path(attempt), "features", rows(), number), *totals

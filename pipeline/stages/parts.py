@@ -1,0 +1,52 @@
+"""One Spark task per part: the wiring that all stages share."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+
+class Outcome(NamedTuple):
+    """What a stage hands to the manifest: its files by table, and facts worth keeping."""
+
+    tables: dict[str, list[dict]]
+    facts: dict[str, Any]
+
+
+def run_tasks(spark, what: str, function: Callable[[Any], Any], tasks: Sequence[Any]) -> list[Any]:
+    """function(task) for every task, each as one Spark task; results in the order of the tasks.
+
+    Tasks and results are small (paths, numbers, manifest entries); rows travel through files.
+    """
+    if not tasks:
+        return []
+    context = spark.sparkContext
+    context.setJobDescription(what)
+    numbered = context.parallelize(list(enumerate(tasks)), len(tasks))
+    done = numbered.map(lambda task: (task[0], function(task[1]))).collect()
+    return [result for _, result in sorted(done, key=lambda pair: pair[0])]
+
+
+def task_frame(spark, tasks: Sequence[str]):
+    """A DataFrame with one string a partition, for `mapInArrow`."""
+    rows = spark.sparkContext.parallelize([(task,) for task in tasks], max(1, len(tasks)))
+    return spark.createDataFrame(rows, "task string")
+
+
+def tasks_of(batches) -> list[str]:
+    """The strings of `task_frame` inside `mapInArrow`."""
+    return [task for batch in batches for task in batch.column(0).to_pylist()]
+
+
+def hashes(values: pa.Array | pa.ChunkedArray, seed: str) -> np.ndarray:
+    """64-bit hash of each string, uint64; another seed gives an independent hash (BLAKE2b, keyed)."""
+    key = seed.encode()
+    digests = (hashlib.blake2b(v.encode(), digest_size=8, key=key).digest() for v in values.to_pylist())
+    return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64)
+
+
+def share(hashed: np.ndarray) -> np.ndarray:
+    """Hashes as numbers in [0, 1)."""
+    return (hashed >> np.uint64(11)) * 2.0**-53

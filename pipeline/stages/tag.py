@@ -1,0 +1,80 @@
+"""Tag.
+
+    documents + a fitted tagger  ->  tags (doc_id, tags)
+
+The vectoriser, the weights and the thresholds are those of the fit; there is no second implementation that could drift.
+"""
+
+import functools
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+
+from pipeline.learners.tagger import Tagger, Weights
+from pipeline.stages.parts import Outcome, run_tasks
+from pipeline.store import Run, write_part
+
+
+def tag(spark, documents: list[Path], attempt: Path, source: dict, settings: dict) -> Outcome:
+    """Tag every document.
+
+    Args:
+        documents: parts of the table `documents`.
+        source: where the fitted tagger is: {"run": folder} or {"bundle": folder of `Tagger.save`}.
+        settings: of `Tagger`; for a bundle only max_tags is taken.
+    """
+    shared = (source, tuple(sorted(settings.items())))
+    done = run_tasks(
+        spark,
+        "tag: score the documents",
+        functools.partial(_tag_part, shared),
+        [(str(path), str(attempt), number) for number, path in enumerate(documents)],
+    )
+    facts = {
+        "tags_given": sum(tags for _, tags, _, _ in done),
+        "documents_without_tags": sum(none for _, _, none, _ in done),
+        "documents_without_features": sum(empty for _, _, _, empty in done),
+    }
+    return Outcome({"tags": [e for e, _, _, _ in done]}, facts)
+
+
+def summary(facts: dict, rows: dict) -> str:
+    n = rows["tags"]
+    return (
+        f"{n:,} documents, {facts['tags_given']:,} tags ({facts['tags_given'] / max(n, 1):.2f} a document), "
+        f"{facts['documents_without_tags']:,} without a tag, {facts['documents_without_features']:,} without a known term"
+    )
+
+
+def tagger_of(run: Run, settings: dict) -> Tagger:
+    """The tagger of a fitted run; every file is checked against its manifest before it is parsed."""
+    vocabulary, labels, thresholds = (run.read(name, verify=True) for name in ("vocabulary", "labels", "thresholds"))
+    folder = run.files("weights", verify=True)[0].parent
+    return Tagger.from_tables(vocabulary, labels, thresholds, Weights.load(folder), settings)
+
+
+@functools.lru_cache(maxsize=1)
+def _tagger(source, settings):
+    kind, folder = source
+    if kind == "run":
+        return tagger_of(Run(folder), dict(settings))
+    tagger = Tagger.load(folder)
+    return tagger._replace(settings={**tagger.settings, "max_tags": dict(settings)["max_tags"]})
+
+
+def _tag_part(shared, task):
+    (source, settings), (path, attempt, number) = shared, task
+    tagger = _tagger(next(iter(source.items())), settings)
+    totals = [0, 0, 0]
+
+    def rows():
+        for tags, empty in tagger.tag_batches(pq.read_table(path, columns=["doc_id", "text"])):
+            lengths = pa.compute.list_value_length(tags["tags"])
+            totals[0] += pa.compute.sum(lengths).as_py() or 0
+            totals[1] += pa.compute.sum(pa.compute.equal(lengths, 0)).as_py() or 0
+            totals[2] += empty
+            yield tags
+
+    return write_part(Path(attempt), "tags", rows(), number), *totals

@@ -1,0 +1,285 @@
+"""The run folder: tables, manifests, fingerprints, one writer.
+
+    RUN/run.json                               configuration and input of the run
+    RUN/.lock                                  held by the one process that writes
+    RUN/<stage>/<attempt>/<table>-00000.parquet
+    RUN/<stage>/MANIFEST.json                  which files count: written last, atomically
+    RUN/metrics.json, RUN/report.html          copies for people, published with the manifest of `evaluate`
+
+A stage writes into a folder that is new for the attempt; nothing reads that folder until the manifest names its files
+with their sizes and SHA-256.  A killed attempt therefore changes nothing that anyone sees.  Readers follow the manifest and
+never list a folder.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import ConfigError, DataError, InputError, LockedError, PermissionError_, StorageError, shown
+from pipeline.flow import FIT, stage_of
+from pipeline.tables import TABLES, conform
+
+FORMAT = 1  # of the run folder; a larger number is refused
+MANIFEST = "MANIFEST.json"
+
+
+@contextlib.contextmanager
+def explained(path: object, what: str) -> Iterator[None]:
+    """Turn the operating system's refusals into our errors, which name the path."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        message = f"cannot {what} {shown(error.filename or path, 300)}: {reason}"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise PermissionError_(f"{message}; give write permission or choose another folder") from error
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            raise InputError(message) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(f"{message}; free some space and run the same command again") from error
+        raise StorageError(message) from error
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its name when the block ends well: old or new, never between."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield part
+        descriptor = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(part, path)
+        sync_folder(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with replacing(path) as part:
+        part.write_bytes(content)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_part(folder: Path, name: str, table: pa.Table | Iterable[pa.Table], number: int) -> dict:
+    """Write one Parquet part of the table `name`, atomically; the entry of its manifest comes back.
+
+    The bytes depend on the rows alone, so that it does not matter which of two attempts at a task wins.
+    """
+    path = folder / f"{name}-{number:05d}.parquet"
+    rows = 0
+    with replacing(path) as part, pq.ParquetWriter(part, TABLES[name].schema, compression="zstd") as writer:
+        for piece in [table] if isinstance(table, pa.Table) else table:
+            writer.write_table(conform(piece, name))
+            rows += piece.num_rows
+    return entry(path, folder, rows)
+
+
+def entry(path: Path, folder: Path, rows: int) -> dict:
+    return {"file": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": digest(path), "rows": rows}
+
+
+def fingerprint(recipe: dict) -> str:
+    """Identity of a stage's output: settings, fingerprints of its inputs, version of the code."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Run:
+    """A run folder, by its path.  Reading needs no lock; writing happens inside `with run.writing():`."""
+
+    def __init__(self, root: str | Path):
+        text = str(root).removeprefix("file://")
+        # executors have another working directory, so every path that leaves here is absolute
+        self.root = Path(os.path.abspath(text))
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.root)!r})"
+
+    # -- who made it ---------------------------------------------------------------------------------------------------
+
+    @property
+    def info(self) -> dict:
+        """run.json: format, config, input.  Raises InputError where the folder is not a run."""
+        path = self.root / "run.json"
+        if not path.is_file():
+            raise InputError(f"{self.root}: not a run folder (it has no run.json); make one with `tagmill fit`")
+        info = _read_json(path)
+        if info.get("format", 0) > FORMAT:
+            raise ConfigError(f"{path}: format {info['format']} is newer than this version reads ({FORMAT}); upgrade tagmill")
+        return info
+
+    @property
+    def exists(self) -> bool:
+        return (self.root / "run.json").is_file()
+
+    def create(self, info: dict) -> None:
+        """Make the folder, or accept an empty one, and write run.json."""
+        write_json(self.root / "run.json", {"format": FORMAT, **info})
+
+    def prepare(self) -> None:
+        """Make the folder.  Refuses one that holds something else."""
+        with explained(self.root, "create the run folder"):
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o750)
+            foreign = [p.name for p in self.root.iterdir() if p.name != ".lock"] if not self.exists else []
+        if foreign:
+            raise ConfigError(
+                f"{self.root}: holds {len(foreign)} entries such as {shown(sorted(foreign)[0])} and is not a run folder; "
+                "expected a new or empty folder: choose another --run"
+            )
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the lock of the folder.  Raises LockedError naming the holder; the kernel frees it when the holder dies."""
+        path = self.root / ".lock"
+        with explained(path, "lock"):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "an unknown process"
+                raise LockedError(f"{self.root}: locked by {shown(holder, 200)}; wait for it or stop it") from None
+            since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+            yield
+        finally:
+            os.close(descriptor)
+
+    # -- manifests -----------------------------------------------------------------------------------------------------
+
+    def manifest(self, stage: str) -> dict | None:
+        """The manifest of a finished stage, or None."""
+        path = self.root / stage / MANIFEST
+        return _read_json(path) if path.is_file() else None
+
+    def finished(self, stage: str) -> dict:
+        manifest = self.manifest(stage)
+        if manifest is None:
+            raise InputError(f"{self.root}: stage {stage} is not finished; run the `tagmill fit` of this folder again")
+        return manifest
+
+    def damage(self, stage: str) -> str | None:
+        """What is wrong with the files of a finished stage: the first that is missing or has changed."""
+        for folder, item in self._items(self.finished(stage)):
+            path = folder / item["file"]
+            if not path.is_file():
+                return f"{path} is missing"
+            if path.stat().st_size != item["bytes"] or digest(path) != item["sha256"]:
+                return f"{path} has changed since it was written"
+        return None
+
+    def attempt(self, stage: str, name: str | None = None) -> Path:
+        """A folder for an attempt at a stage; a new one where no name is given."""
+        folder = self.root / stage / (name or f"attempt-{uuid.uuid4().hex[:12]}")
+        with explained(folder, "create"):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o750)
+        return folder
+
+    def commit(self, stage: str, attempt: Path, recipe: dict, tables: dict[str, list[dict]], facts: dict) -> dict:
+        """Publish an attempt: write the manifest, then drop what earlier attempts left behind.
+
+        Call it after the last byte of data and never before.
+        """
+        manifest = {
+            "stage": stage,
+            "fingerprint": fingerprint(recipe),
+            "recipe": recipe,
+            "attempt": attempt.name,
+            "tables": tables,
+            "schemas": {
+                name: {f.name: str(f.type) for f in TABLES[name].schema} for name in tables if name in TABLES
+            },
+            "rows": {name: sum(item["rows"] for item in items) for name, items in tables.items()},
+            **facts,
+        }
+        with explained(self.root / stage, "publish"):
+            sync_folder(attempt)
+            write_json(self.root / stage / MANIFEST, manifest)
+            for other in (self.root / stage).iterdir():
+                if other.is_dir() and other != attempt:
+                    shutil.rmtree(other, ignore_errors=True)
+        return manifest
+
+    def drop(self, stages: Iterable[str]) -> None:
+        """Unpublish stages, last first, so that no manifest outlives one that it builds on."""
+        for stage in reversed(list(stages)):
+            (self.root / stage / MANIFEST).unlink(missing_ok=True)
+
+    # -- tables --------------------------------------------------------------------------------------------------------
+
+    def files(self, table: str, verify: bool = False) -> list[Path]:
+        """The files of a table, in order.  With `verify`, their SHA-256 is checked first: DataError names the file."""
+        manifest = self.finished(stage_of(table))
+        folder = self.root / manifest["stage"] / manifest["attempt"]
+        paths = []
+        for item in manifest["tables"][table]:
+            path = (folder / item["file"]).resolve()
+            if not path.is_relative_to(self.root.resolve()):
+                raise DataError(f"{self.root}: the manifest of {manifest['stage']} names {shown(path)}, outside of the run")
+            if verify and (not path.is_file() or digest(path) != item["sha256"]):
+                raise DataError(f"{path}: missing or changed since it was written; run the same `tagmill fit` again")
+            paths.append(path)
+        return paths
+
+    def read(self, table: str, columns: list[str] | None = None, verify: bool = False) -> pa.Table:
+        """A table as its manifest has it, parts in order."""
+        schema = TABLES[table].schema
+        if columns is not None:
+            schema = pa.schema([schema.field(name) for name in columns])
+        parts = [pq.ParquetFile(path).read(columns=columns) for path in self.files(table, verify)]
+        return pa.concat_tables([schema.empty_table(), *(part.cast(schema) for part in parts)])
+
+    def _items(self, manifest: dict) -> Iterator[tuple[Path, dict]]:
+        folder = self.root / manifest["stage"] / manifest["attempt"]
+        for items in manifest["tables"].values():
+            for item in items:
+                yield folder, item
+
+
+def stages_done(run: Run) -> list[str]:
+    """Names of the finished stages of the fit flow, in its order."""
+    return [stage.name for stage in FIT if run.manifest(stage.name) is not None]
+
+
+def _read_json(path: Path) -> dict:
+    with explained(path, "read"):
+        text = path.read_text(encoding="utf-8")
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); the file was changed by hand or damaged: remove the folder") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: holds {type(value).__name__}; expected an object")
+    return value

@@ -1,0 +1,175 @@
+"""Contracts of the tables: columns, types, key, one sentence each."""
+
+from typing import NamedTuple
+
+import pyarrow as pa
+
+
+class Table(NamedTuple):
+    """A table of a run.  `key` orders an export and holds no value twice."""
+
+    name: str
+    sentence: str
+    key: tuple[str, ...]
+    schema: pa.Schema
+
+
+# null: not given, not defined, or never
+_NULLABLE = {"split", "sample", "threshold", "expected_f1", "spread", "precision", "recall", "f1", "average_precision", "roc_auc"}
+
+
+def _table(name, sentence, key, **columns):
+    fields = [pa.field(column, kind, nullable=column in _NULLABLE) for column, kind in columns.items()]
+    return Table(name, sentence, key, pa.schema(fields))
+
+
+_int, _long, _real, _float, _text = pa.int32(), pa.int64(), pa.float64(), pa.float32(), pa.string()
+
+TABLES = {
+    table.name: table
+    for table in (
+        _table(
+            "documents",
+            "Accepted documents in the order of (hash of doc_id, doc_id); `row` counts from 0.",
+            ("row",),
+            row=_long,
+            doc_id=_text,
+            text=_text,
+            labels=pa.list_(_text),
+            split=_text,
+        ),
+        _table(
+            "labels",
+            "Every label of an accepted document; `support` counts all documents that carry it.",
+            ("label_id",),
+            label_id=_int,
+            label=_text,
+            support=_long,
+        ),
+        _table(
+            "rejects",
+            "Records that were not accepted: where they stand, why, and the first characters.",
+            ("file", "position"),
+            file=_text,
+            position=_long,
+            reason=_text,
+            sample=_text,
+        ),
+        _table(
+            "folds",
+            "Fold of each row: -1 test, -2 unused, else 0 to K - 1; with train.folds = 0, fold 0 is held out and 1 trained on.",
+            ("row",),
+            row=_long,
+            fold=_int,
+        ),
+        _table(
+            "label_support",
+            "Documents of each label outside and inside the test fold, and how many training folds lack it.",
+            ("label_id",),
+            label_id=_int,
+            train=_long,
+            test=_long,
+            folds_without=_int,
+        ),
+        _table(
+            "vocabulary",
+            "Terms of the training documents, most frequent first; `hash` is the 64-bit hash that text is matched by.",
+            ("feature_id",),
+            feature_id=_int,
+            term=_text,
+            hash=_long,
+            df=_long,
+            idf=_real,
+        ),
+        _table(
+            "features",
+            "TF-IDF rows, unit length; `indices` ascending.",
+            ("row",),
+            row=_long,
+            indices=pa.list_(_int),
+            values=pa.list_(_float),
+        ),
+        _table(
+            "label_models",
+            "One linear model a label, after pruning; `gap` is the relative duality gap of these weights.",
+            ("label_id",),
+            label_id=_int,
+            bias=_float,
+            indices=pa.list_(_int),
+            weights=pa.list_(_float),
+            C=_real,
+            epochs=_int,
+            gap=_real,
+            objective=_real,
+            status=_text,
+        ),
+        _table(
+            "curves",
+            "Out-of-fold triples: scores >= cut hold tp positives and fp negatives; fold -1 pools all folds.",
+            ("label_id", "fold"),
+            label_id=_int,
+            fold=_int,
+            positives=_long,
+            negatives=_long,
+            cut=pa.list_(_real),
+            tp=pa.list_(_long),
+            fp=pa.list_(_long),
+        ),
+        _table(
+            "histograms",
+            "Out-of-fold scores in bins of 1/32 from -16 to 16 (the outer bins are open); empty bins are left out.",
+            ("label_id", "fold"),
+            label_id=_int,
+            fold=_int,
+            bin=pa.list_(_int),
+            positives=pa.list_(_long),
+            negatives=pa.list_(_long),
+        ),
+        _table(
+            "thresholds",
+            "A label is tagged where score >= threshold (null: never); probability = sigmoid(a score + b).",
+            ("label_id",),
+            label_id=_int,
+            threshold=_real,
+            a=_real,
+            b=_real,
+            objective=_text,
+            expected_f1=_real,
+            spread=_real,
+            support=_long,
+        ),
+        _table(
+            "label_counts",
+            "Per label on the test fold: counts and ratios (null: not defined), with the support in training.",
+            ("label_id",),
+            label_id=_int,
+            label=_text,
+            tp=_long,
+            fp=_long,
+            fn=_long,
+            support=_long,
+            train_support=_long,
+            precision=_real,
+            recall=_real,
+            f1=_real,
+            average_precision=_real,
+            roc_auc=_real,
+            threshold=_real,
+            status=_text,
+        ),
+        _table(
+            "tags",
+            "One row a document, also without a tag; tags by descending probability.",
+            ("doc_id",),
+            doc_id=_text,
+            tags=pa.list_(
+                pa.struct([("label", _text), ("score", _real), ("probability", _real), ("threshold", _real)])
+            ),
+        ),
+    )
+}
+
+
+def conform(table: pa.Table, name: str) -> pa.Table:
+    """`table` with the columns and types of the contract `name`, in its order.  Raises where a column is missing."""
+    return table.select(TABLES[name].schema.names).cast(TABLES[name].schema)
