@@ -2,14 +2,12 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from jobs import entry
 from pipeline import config as configuration
-from pipeline.config import Config
 from pipeline.store import Run
 
 app = typer.Typer(
@@ -21,7 +19,9 @@ app = typer.Typer(
 )
 
 Sets = Annotated[list[str], typer.Option("--set", metavar="a.b=c", help="One setting; may be repeated.")]
-ConfigFile = Annotated[str | None, typer.Option("--config", metavar="FILE", help="YAML with what differs from the defaults.")]
+ConfigFile = Annotated[
+    str | None, typer.Option("--config", metavar="FILE", help="YAML with what differs from the defaults.")
+]
 Master = Annotated[str | None, typer.Option(metavar="URL", help="Spark master; default local[*].")]
 Input = Annotated[str, typer.Option(metavar="PATH", help="Parquet, JSON Lines, CSV or TSV: file, folder or glob.")]
 RunDir = Annotated[str, typer.Option(metavar="DIR", help="Run folder.")]
@@ -58,7 +58,9 @@ def tag(
     input: Input,
     output: Annotated[str, typer.Option(metavar="PATH", help="Folder of Parquet that is made.")],
     run: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of a finished fit.")] = None,
-    model: Annotated[str | None, typer.Option(metavar="URI", help="Registered model, as models:/tagmill@champion.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="URI", help="Registered model, as models:/tagmill@champion.")
+    ] = None,
     config: ConfigFile = None,
     set: Sets = [],  # noqa: B006
     master: Master = None,
@@ -91,9 +93,15 @@ def calibrate(
     def command():
         base = Run(run).info["config"]
         cfg, _ = configuration.load(None, [*set, *entry.master_setting(master)], base)
-        other = [d for d in configuration.differences(base, cfg.model_dump(mode="json")) if d.split(".")[0] not in ("calibrate", "evaluate")]
+        other = [
+            d
+            for d in configuration.differences(base, cfg.model_dump(mode="json"))
+            if d.split(".")[0] not in ("calibrate", "evaluate")
+        ]
         if other:
-            raise configuration.ConfigError(f"--set {other[0]}: `tagmill calibrate` changes calibrate.* and evaluate.* only")
+            raise configuration.ConfigError(
+                f"--set {other[0]}: `tagmill calibrate` changes calibrate.* and evaluate.* only"
+            )
         show_metrics(entry.fit(run, None, cfg, overwrite=True))
 
     _guarded(command, debug)
@@ -113,7 +121,9 @@ def register(run: Annotated[str, typer.Argument(metavar="RUN")], set: Sets = [],
 @app.command()
 def show(
     run: Annotated[str, typer.Argument(metavar="RUN|config", help="Run folder, or `config` for every setting.")],
-    label: Annotated[str | None, typer.Option(metavar="NAME", help="One label: counts, threshold, curve, weights.")] = None,
+    label: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One label: counts, threshold, curve, weights.")
+    ] = None,
     table: Annotated[str | None, typer.Option(metavar="NAME", help="One table of the run.")] = None,
     output: Annotated[str | None, typer.Option(metavar="FILE", help="Write the table to .parquet or .csv.")] = None,
     config: ConfigFile = None,
@@ -160,11 +170,6 @@ def show_metrics(run: Run) -> None:
 
     showing.metrics_table(json.loads(run.files("metrics.json")[0].read_text()))
     print(f"\nreport   {run.root / 'report.html'}")
-
-
-def demo_config(sets: list[str]) -> Config:
-    path = Path(__file__).parent.parent / "conf" / "demo.yaml"
-    return configuration.load(path if path.is_file() else None, sets)[0]
 
 
 def main() -> None:

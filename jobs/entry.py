@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pipeline import config as configuration
@@ -57,12 +57,17 @@ class Job:
             self._spark.stop()
             self._spark = None
 
-    def recipe(self, stage: Stage, files: list[tuple[str, int, str]] | None = None) -> dict:
+    def recipe(self, stage: Stage, files: Iterable[tuple[str, int, str]] | None = None) -> dict:
         """What decides the output of a stage."""
         inputs = {name: (self.run.manifest(name) or {}).get("fingerprint") for name in upstream(stage)}
         if stage.name == "ingest":
             inputs = {"files": sorted(digest for _, _, digest in files or ())}
-        return {"stage": stage.name, "settings": stage_settings(stage.name, self.cfg), "inputs": inputs, "code": code_version()}
+        return {
+            "stage": stage.name,
+            "settings": stage_settings(stage.name, self.cfg),
+            "inputs": inputs,
+            "code": code_version(),
+        }
 
 
 def stage_settings(stage: str, cfg: Config) -> dict[str, object]:
@@ -201,9 +206,19 @@ def run_stage(job: Job, stage: Stage, plan=None) -> None:
     arguments = {
         "ingest": lambda: (job.spark, plan, attempt, job.cfg),
         "calibrate": lambda: (None, run, attempt, job.cfg),
-        "train": lambda: (job.spark, run, attempt, job.cfg, f"matrix-{recipe['inputs']['featurize']}-{recipe['inputs']['split']}"),
+        "train": lambda: (
+            job.spark,
+            run,
+            attempt,
+            job.cfg,
+            f"matrix-{recipe['inputs']['featurize']}-{recipe['inputs']['split']}",
+        ),
     }.get(stage.name, lambda: (job.spark, run, attempt, job.cfg))()
-    with Meter() as meter, watching(getattr(arguments[0], "sparkContext", None), stage.name), explained(attempt, "write to"):
+    with (
+        Meter() as meter,
+        watching(getattr(arguments[0], "sparkContext", None), stage.name),
+        explained(attempt, "write to"),
+    ):
         outcome = getattr(module, stage.name)(*arguments)
     rows = {name: sum(item["rows"] for item in items) for name, items in outcome.tables.items()}
     summary = module.summary(outcome.facts, rows)
@@ -220,7 +235,7 @@ def _publish(run):
 
 
 def _register(job, recipe):
-    """Send the finished run to MLflow.  Tracking is advisory: a server that does not answer costs a line, not the run."""
+    """Send the finished run to MLflow.  Tracking is advisory: a dead server costs a line, not the run."""
     from pipeline import tracking
 
     if not job.cfg.mlflow.enabled:
@@ -231,7 +246,9 @@ def _register(job, recipe):
     except TagmillError as error:
         if job.cfg.mlflow.required:
             raise
-        log.warning("register: deferred: %s; the run is complete, send it later with: tagmill register %s", error, job.run.root)
+        log.warning(
+            "register: deferred: %s; the run is complete, send it later with: tagmill register %s", error, job.run.root
+        )
         return
     attempt = job.run.attempt("register")
     write_json(attempt / "sent.json", sent)
@@ -295,12 +312,16 @@ def translated(error: BaseException) -> TagmillError | None:
     match = re.search(r"pipeline\.errors\.(\w+): (.+)", text)
     if match and hasattr(errors, match[1]):
         return getattr(errors, match[1])(match[2].strip())
-    match = re.search(r"(?:OSError|PermissionError|FileNotFoundError): \[Errno (\d+)\] ([^:\n]+)(?:: '([^'\n]+)')?", text)
+    match = re.search(
+        r"(?:OSError|PermissionError|FileNotFoundError): \[Errno (\d+)\] ([^:\n]+)(?:: '([^'\n]+)')?", text
+    )
     if match:
         return translated(OSError(int(match[1]), match[2], match[3]))
     match = re.search(r"java\.io\.IOException: (No space left on device)", text)
     if match:
-        return errors.StorageError(f"{match[1]} in Spark's folder for temporary files; free some space or set spark.local.dir")
+        return errors.StorageError(
+            f"{match[1]} in Spark's folder for temporary files; free some space or set spark.local.dir"
+        )
     return None
 
 
@@ -308,7 +329,10 @@ def _our_bug(error):
     with tempfile.NamedTemporaryFile("w", prefix="tagmill-", suffix=".traceback", delete=False) as file:
         traceback.print_exception(error, file=file)
     first = one_line(error)[:200] or type(error).__name__
-    print(f"tagmill: unexpected {type(error).__name__}: {first}; the traceback is in {file.name}, please report it", file=sys.stderr)
+    print(
+        f"tagmill: unexpected {type(error).__name__}: {first}; the traceback is in {file.name}, please report it",
+        file=sys.stderr,
+    )
     return errors.TagmillError.code
 
 

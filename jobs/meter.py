@@ -1,4 +1,4 @@
-"""What a stage costs: seconds, CPU seconds and peak memory of this process and all its children (JVM, Python workers)."""
+"""What a stage costs: seconds, CPU seconds and peak memory of this process and its children (JVM, Python workers)."""
 
 import threading
 import time
@@ -12,8 +12,8 @@ INTERVAL = 0.5  # seconds between two looks at the processes
 class Meter:
     """Measures from `with` to its end.
 
-    Memory is the proportional set size summed over the process tree, so that pages shared by workers (the mapped matrix)
-    count once; where the kernel does not tell, the resident set size.
+    Memory is the proportional set size summed over the process tree, so that pages shared by workers (the mapped
+    matrix) count once; where the kernel does not tell, the resident set size.
     """
 
     def __init__(self) -> None:

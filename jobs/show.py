@@ -21,9 +21,15 @@ from pipeline.store import Run, explained, replacing, stages_done
 from pipeline.tables import TABLES
 
 GROUPS = (
-    ("Decisions", ("micro_f1", "micro_precision", "micro_recall", "macro_f1", "macro_f1_all", "weighted_f1", "samples_f1")),
+    (
+        "Decisions",
+        ("micro_f1", "micro_precision", "micro_recall", "macro_f1", "macro_f1_all", "weighted_f1", "samples_f1"),
+    ),
     ("Sets", ("jaccard_samples", "subset_accuracy", "hamming_loss")),
-    ("Top of the ranking", ("p_at_1", "p_at_3", "p_at_5", "r_at_5", "r_at_10", "rp_at_5", "ndcg_at_1", "ndcg_at_3", "ndcg_at_5")),
+    (
+        "Top of the ranking",
+        ("p_at_1", "p_at_3", "p_at_5", "r_at_5", "r_at_10", "rp_at_5", "ndcg_at_1", "ndcg_at_3", "ndcg_at_5"),
+    ),
     ("Rare labels first", ("psp_at_1", "psp_at_3", "psp_at_5")),
     ("Whole ranking", ("map_at_5", "map_at_10", "lrap", "coverage_error", "ranking_loss")),
     ("Curves", ("average_precision_macro", "average_precision_micro", "roc_auc_macro")),
@@ -52,7 +58,13 @@ def metrics_table(card: dict) -> None:
     grid.add_column("")
     for group, names in GROUPS:
         for k, name in enumerate(names):
-            grid.add_row(group if k == 0 else "", name, f"{metrics[name]:.4f}", notes.get(name, ""), end_section=name == names[-1])
+            grid.add_row(
+                group if k == 0 else "",
+                name,
+                f"{metrics[name]:.4f}",
+                notes.get(name, ""),
+                end_section=name == names[-1],
+            )
     console().print(grid)
 
 
@@ -96,7 +108,9 @@ def _facts(manifest):
 
 def _label_grid(out, run):
     table = run.read("label_counts").sort_by([("train_support", "descending"), ("label_id", "ascending")])
-    grid = Grid(title=f"\nLabels, most frequent first ({table.num_rows:,} in all)", title_justify="left", show_edge=False)
+    grid = Grid(
+        title=f"\nLabels, most frequent first ({table.num_rows:,} in all)", title_justify="left", show_edge=False
+    )
     grid.add_column("label", overflow="ellipsis", max_width=40, no_wrap=True)
     for name in ("train", "test", "tp", "fp", "fn", "precision", "recall", "F1", "threshold"):
         grid.add_column(name, justify="right")
@@ -133,7 +147,7 @@ def _number(value, digits=3):
 
 
 def label(run: Run, name: str, as_json: bool) -> None:
-    """One label: its counts, model, threshold, curve and heaviest weights.  Raises InputError with the nearest names."""
+    """One label: counts, model, threshold, curve, heaviest weights.  Raises InputError with the nearest names."""
     counts = run.read("label_counts")
     names = counts["label"].to_pylist()
     if name not in names:
@@ -153,8 +167,12 @@ def label(run: Run, name: str, as_json: bool) -> None:
     terms = run.read("vocabulary", ["term"])["term"]
     weights = np.array(model["weights"])
     order = np.argsort(-weights)
-    heaviest = [(terms[model["indices"][k]].as_py(), float(weights[k])) for k in [*order[:15], *order[-5:]]] if weights.size else []
-    points = curve[0] if curve else {"cut": [], "tp": [], "fp": [], "positives": 0}
+    heaviest = (
+        [(terms[model["indices"][k]].as_py(), float(weights[k])) for k in [*order[:15], *order[-5:]]]
+        if weights.size
+        else []
+    )
+    points: dict = curve[0] if curve else {"cut": [], "tp": [], "fp": [], "positives": 0}
     if as_json:
         model.pop("indices"), model.pop("weights")
         value = {"counts": row, "threshold": decision, "model": model, "terms": heaviest, "curve": points}
@@ -164,7 +182,9 @@ def label(run: Run, name: str, as_json: bool) -> None:
     out.print(Text(f"label {shown(name)}"))
     for title, values in (("test", row), ("decision", decision), ("model", model)):
         skip = ("label", "label_id", "indices", "weights")
-        text = ", ".join(f"{k} {_number(v, 4) if isinstance(v, float) else v}" for k, v in values.items() if k not in skip)
+        text = ", ".join(
+            f"{k} {_number(v, 4) if isinstance(v, float) else v}" for k, v in values.items() if k not in skip
+        )
         out.print(Text(f"{title:<9}{text}"), soft_wrap=True)
     out.print(Text("terms    " + ", ".join(f"{shown(t, 30)} {w:+.2f}" for t, w in heaviest)), soft_wrap=True)
     grid = Grid(title="\nOut-of-fold curve: what each cut would give", title_justify="left", show_edge=False)
@@ -173,7 +193,9 @@ def label(run: Run, name: str, as_json: bool) -> None:
     for k in _spread(len(points["cut"]), 12):
         cut, tp, fp = points["cut"][k], points["tp"][k], points["fp"][k]
         f1 = 2 * tp / (tp + fp + points["positives"])
-        grid.add_row(f"{cut:.3f}", f"{tp:,}", f"{fp:,}", f"{tp / (tp + fp):.3f}", f"{tp / points['positives']:.3f}", f"{f1:.3f}")
+        grid.add_row(
+            f"{cut:.3f}", f"{tp:,}", f"{fp:,}", f"{tp / (tp + fp):.3f}", f"{tp / points['positives']:.3f}", f"{f1:.3f}"
+        )
     out.print(grid)
 
 
@@ -203,7 +225,9 @@ def table(run: Run, name: str, output: str | None, as_json: bool) -> None:
             grid.add_row(*(Text(shown(_cell(value), 60)) for value in row.values()))
         out.print(grid)
         if rows.num_rows > 50:
-            out.print(f"{rows.num_rows - 50:,} more rows; all of them: --output FILE.parquet or FILE.csv", highlight=False)
+            out.print(
+                f"{rows.num_rows - 50:,} more rows; all of them: --output FILE.parquet or FILE.csv", highlight=False
+            )
 
 
 def _cell(value):

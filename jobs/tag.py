@@ -1,7 +1,7 @@
 """Tag new documents with a fitted run or a registered model.
 
-The output folder appears whole or not at all: the work is done in a hidden folder beside it, which takes its name at the end
-and is kept when the work is interrupted, so that the same command goes on where it stopped.
+The output folder appears whole or not at all: the work is done in a hidden folder beside it, which takes its name at
+the end and is kept when the work is interrupted, so that the same command goes on where it stopped.
 """
 
 import hashlib
@@ -27,7 +27,9 @@ log = logging.getLogger("tagmill")
 CARD = "_MANIFEST.json"  # an underscore hides it from readers of the Parquet folder, as Spark's and Arrow's do
 
 
-def tag(run_dir: str | None, model: str | None, input_path: str, output: str, cfg: Config, overwrite: bool = False) -> dict:
+def tag(
+    run_dir: str | None, model: str | None, input_path: str, output: str, cfg: Config, overwrite: bool = False
+) -> dict:
     """Tag `input_path` into the folder `output`; returns the manifest that is written beside the tags.
 
     Raises ConfigError where `output` holds something else, InputError where the run is not finished.
@@ -79,7 +81,11 @@ def _fitted(run_dir, model, cfg, work):
             run.finished(name)
         _refuse_mixture(run)
         settings = tagger_settings(fitted, cfg)
-        return {"run": str(run.root)}, settings, {"run": str(run.root), "thresholds": run.finished("calibrate")["fingerprint"]}
+        return (
+            {"run": str(run.root)},
+            settings,
+            {"run": str(run.root), "thresholds": run.finished("calibrate")["fingerprint"]},
+        )
     from pipeline import tracking
 
     folder, facts = tracking.fetch_model(model, cfg.mlflow, work.root / "model")
@@ -103,7 +109,9 @@ def _refuse_mixture(run):
         manifest = run.manifest(stage.name)
         for name, mark in (manifest or {"recipe": {"inputs": {}}})["recipe"]["inputs"].items():
             if name != "files" and mark != run.finished(name)["fingerprint"]:
-                raise ConfigError(f"{run.root}: {stage.name} was made from another {name}; finish the fit with the same `tagmill fit`")
+                raise ConfigError(
+                    f"{run.root}: {stage.name} was made from another {name}; finish the fit with the same `tagmill fit`"
+                )
 
 
 def _tag(job, plan, source, settings, recipe, out):
@@ -177,9 +185,10 @@ def main(argv: list[str] | None = None) -> int:
     import argparse
 
     from jobs.entry import guarded, logging_to_stderr, master_setting
-    from pipeline import config as configuration
 
-    parser = argparse.ArgumentParser(prog="jobs/tag.py", description="Tag new documents with a fitted run or a registered model.")
+    parser = argparse.ArgumentParser(
+        prog="jobs/tag.py", description="Tag new documents with a fitted run or a registered model."
+    )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", metavar="DIR", help="folder of a finished fit")
     which.add_argument("--model", metavar="URI", help="registered model, such as models:/tagmill@champion")

@@ -30,7 +30,9 @@ class InputConfig(Section):
     labels: str = Field("labels", description="column with the labels: list of strings, or one string in CSV/TSV")
     split: str | None = Field("split", description="column with train, dev or test; used where it exists")
     label_separator: str = Field("|", min_length=1, description="between the labels of one CSV/TSV cell")
-    format: Literal["auto", "parquet", "jsonl", "csv", "tsv"] = Field("auto", description="auto goes by name and content")
+    format: Literal["auto", "parquet", "jsonl", "csv", "tsv"] = Field(
+        "auto", description="auto goes by name and content"
+    )
     max_document_bytes: PositiveInt = Field(20_000_000, le=1_000_000_000, description="UTF-8 bytes; longer: rejected")
     max_labels_per_document: PositiveInt = Field(1_000, description="more: rejected")
     max_label_bytes: PositiveInt = Field(1_000, description="UTF-8 bytes of one label; longer: rejected")
@@ -46,7 +48,9 @@ class InputConfig(Section):
 class IngestConfig(Section):
     """Reading and checking documents."""
 
-    max_rejected: float = Field(0.1, ge=0, le=1, description="share of records; above it the run stops with exit code 65")
+    max_rejected: float = Field(
+        0.1, ge=0, le=1, description="share of records; above it the run stops with exit code 65"
+    )
     max_labels: PositiveInt = Field(1_000_000, description="distinct labels; above it the run stops with exit code 65")
     min_label_documents: PositiveInt = Field(1, description="labels on fewer documents are left out of the label table")
 
@@ -54,8 +58,12 @@ class IngestConfig(Section):
 class SplitConfig(Section):
     """Which documents are for testing."""
 
-    test: float = Field(0.2, ge=0, lt=1, description="share of documents, by hash of doc_id; unused where a split is given")
-    dev: Literal["train", "drop"] = Field("train", description="documents marked dev join the training folds, or are unused")
+    test: float = Field(
+        0.2, ge=0, lt=1, description="share of documents, by hash of doc_id; unused where a split is given"
+    )
+    dev: Literal["train", "drop"] = Field(
+        "train", description="documents marked dev join the training folds, or are unused"
+    )
     seed: int = Field(0, ge=0, description="of the hash that draws test documents and folds")
 
 
@@ -72,12 +80,18 @@ class FeaturizeConfig(Section):
 class TrainConfig(Section):
     """One linear model a label."""
 
-    C: PositiveFloat = Field(10.0, ge=1e-4, le=1e4, description="weight of the loss against the penalty (liblinear)")
-    folds: int = Field(3, ge=0, le=15, description="out-of-fold models a label; 0: one model, curves from dev documents")
-    dev: float = Field(0.1, gt=0, lt=1, description="with folds 0 and no dev documents: share of training documents held out")
+    C: PositiveFloat = Field(20.0, ge=1e-4, le=1e4, description="weight of the loss against the penalty (liblinear)")
+    folds: int = Field(
+        3, ge=0, le=15, description="out-of-fold models a label; 0: one model, curves from dev documents"
+    )
+    dev: float = Field(
+        0.1, gt=0, lt=1, description="with folds 0 and no dev documents: share of training documents held out"
+    )
     gap: PositiveFloat = Field(0.01, description="a lane is done when its relative duality gap is below this")
     max_epochs: PositiveInt = Field(60, description="passes over the rows still moving; then status not_converged")
-    prune: float = Field(0.001, ge=0, lt=1, description="share by which dropping small weights may raise a label's objective")
+    prune: float = Field(
+        0.001, ge=0, lt=1, description="share by which dropping small weights may raise a label's objective"
+    )
     labels_per_block: PositiveInt = Field(64, description="labels of one task")
     max_failed: int = Field(0, ge=0, description="labels that may fail before the run stops with exit code 65")
     seed: int = Field(0, ge=0, description="of the order in which rows are visited")
@@ -92,9 +106,11 @@ class TrainConfig(Section):
 class CalibrateConfig(Section):
     """Scores to decisions."""
 
-    rule: Literal["per_label", "global", "fixed"] = Field("per_label", description="one threshold a label, one for all, or 0.5")
+    rule: Literal["per_label", "global", "fixed"] = Field(
+        "per_label", description="one threshold a label, one for all, or 0.5"
+    )
     guard: float = Field(2.0, ge=0, description="pseudo-positives, alike those of labels of similar support, per label")
-    micro: float = Field(0.1, ge=0, description="weight of a label's part in micro F1 beside its own F1")
+    micro: float = Field(0.05, ge=0, description="weight of a label's part in micro F1 beside its own F1")
     pooling: float = Field(10.0, ge=0, description="the same for the map from scores to probabilities")
 
 
@@ -115,7 +131,9 @@ class TagConfig(Section):
 class SparkConfig(Section):
     """Where and how wide the work runs.  Nothing here changes a result."""
 
-    master: str = Field("local[*]", description="as spark-submit's --master; local modes retry a failed task three times")
+    master: str = Field(
+        "local[*]", description="as spark-submit's --master; local modes retry a failed task three times"
+    )
     partitions: int = Field(0, ge=0, le=100_000, description="parts of the document tables; 0: from size and cores")
     driver_memory: str = Field("2g", pattern=r"^\d+[mg]$", description="heap of the driver's JVM")
     cache_dir: str = Field("", description="host folder of the shared feature matrix; empty: the temporary folder")
@@ -126,7 +144,9 @@ class MlflowConfig(Section):
     """Where finished runs are reported."""
 
     enabled: bool = Field(True, description="false: register does nothing")
-    tracking_uri: str = Field("", description="empty: MLFLOW_TRACKING_URI, else a SQLite store in the user's data folder")
+    tracking_uri: str = Field(
+        "", description="empty: MLFLOW_TRACKING_URI, else a SQLite store in the user's data folder"
+    )
     experiment: str = Field("tagmill", min_length=1, description="experiment that the run is logged to")
     model: str = Field("tagmill", min_length=1, description="registered model")
     alias: str = Field("champion", description="alias that moves to the new version, last of all; empty: none")
@@ -155,7 +175,9 @@ VOLATILE = ("spark", "mlflow", "tag")
 Origins = dict[str, str]  # "train.C" -> where its value came from
 
 
-def load(path: str | Path | None = None, sets: tuple[str, ...] | list[str] = (), base: dict | None = None) -> tuple[Config, Origins]:
+def load(
+    path: str | Path | None = None, sets: tuple[str, ...] | list[str] = (), base: dict | None = None
+) -> tuple[Config, Origins]:
     """Defaults, then `base` (a run's own configuration), then the file, then `--set` entries, checked as a whole.
 
     Raises ConfigError naming the key, its value, what was expected and, for an unknown key, the nearest known one.
@@ -177,7 +199,11 @@ def load(path: str | Path | None = None, sets: tuple[str, ...] | list[str] = (),
 
 def flat(config: Config) -> dict[str, Any]:
     """{"train.C": 10.0, ...}: every setting."""
-    return {f"{name}.{key}": value for name, section in config.model_dump(mode="json").items() for key, value in section.items()}
+    return {
+        f"{name}.{key}": value
+        for name, section in config.model_dump(mode="json").items()
+        for key, value in section.items()
+    }
 
 
 def differences(before: dict, after: dict) -> list[str]:

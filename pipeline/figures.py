@@ -68,8 +68,8 @@ def label_scatter(label_counts: pa.Table, dark: bool = False) -> bytes:
         axes.set_xlim(low, high)
         axes.set_ylim(-0.04, 1.04)
         axes.set(xlabel="training documents of the label", ylabel="F1 on the test fold")
-        left_out = f", {np.sum(~drawn):,} without an F1 left out" if not drawn.all() else ""
-        axes.set_title(f"F1 by training support: {_labels(x.size)}{left_out}")
+        left_out = f" ({np.sum(~drawn):,} without an F1 left out)" if not drawn.all() else ""
+        axes.set_title(f"F1 of {_labels(x.size)}{left_out}")
         return _png(figure)
 
 
@@ -118,7 +118,7 @@ def reliability(bins: list[dict], dark: bool = False) -> bytes:
         counts.set_xlim(0.5, pairs.max() * 60)  # room for the number beside the longest bar
         for j, n in zip(row, pairs, strict=True):
             counts.text((n + 0.5) * 1.25, j, _compact(n), va="center", fontsize=8.5)
-        counts.set_yticks(row, [f"{value:.3f}" if value < 0.1 else f"{value:.2f}" for value in p], fontsize=8.5)
+        counts.set_yticks(row, [f"{value:.1g}" if value < 0.01 else f"{value:.2f}" for value in p], fontsize=8.5)
         counts.set_ylim(-0.8, max(len(bins), 6) - 0.2)
         counts.grid(False)
         counts.tick_params(axis="both", length=0)
@@ -174,7 +174,7 @@ def support_curve(label_counts: pa.Table, dark: bool = False) -> bytes:
         bars.set(xlim=(0, 1.15), ylim=(2.6, -0.6), yticks=[], xticks=[0, 0.25, 0.5, 0.75, 1])
         bars.spines["left"].set_visible(False)
         bars.grid(axis="y", visible=False)
-        bars.set(xlabel="macro F1 over labels with test positives")
+        bars.set(xlabel="macro F1")
         bars.set_title("Macro F1 by group", pad=20)
         return _png(figure)
 
@@ -239,7 +239,7 @@ def _canvas(dark) -> Iterator[tuple[Figure, Palette]]:
         "grid.color": colours.grid,
     }
     with matplotlib.rc_context(style):
-        yield Figure(figsize=(8, 4.4), dpi=130, layout="constrained"), colours
+        yield Figure(figsize=(7, 4.2), dpi=150, layout="constrained"), colours
 
 
 def _png(figure):
@@ -279,17 +279,27 @@ def _log_axis(axes: Axes, side, values) -> tuple[float, float]:
 
 def _logit_axes(axes, values):
     """Logit axes that hold all values strictly between 0 and 1; returns their limits, where 0 and 1 are drawn."""
-    inside = values[(values > 0) & (values < 1)]
-    smallest = np.floor(np.log10(np.min(np.append(np.minimum(inside, 1 - inside), 0.1))))
-    decades = 10.0 ** np.arange(max(smallest, -7), 0)
-    low, high = decades[0] * 0.8, 1 - decades[0] * 0.8
-    ticks = np.concatenate([decades, [0.5], 1 - decades[::-1]])
+    inside = np.append(values[(values > 0) & (values < 1)], [0.1, 0.9])
+    near_0, near_1 = (
+        10.0 ** np.arange(max(np.floor(np.log10(tail.min()) + 1e-9), -9), 0) for tail in (inside, 1 - inside)
+    )
+    low, high = near_0[0] * 0.8, 1 - near_1[0] * 0.8
+    ticks = [*_thinned(near_0), 0.5, *(1 - _thinned(near_1))[::-1]]
     axes.set(xscale="logit", yscale="logit", xlim=(low, high), ylim=(low, high))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(FixedLocator(ticks))
         axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.7f}".rstrip("0")))
+        axis.set_major_formatter(FuncFormatter(_probability))
     return low, high
+
+
+def _thinned(decades):
+    """0.1 and as many of the smaller powers of ten as have room on an axis."""
+    return decades[::-1][:: 1 + len(decades) // 4][::-1]
+
+
+def _probability(value, _):
+    return f"1e{np.log10(value):.0f}" if value < 0.001 else f"{value:.9f}".rstrip("0")
 
 
 def _median(axes, x, y, colours):

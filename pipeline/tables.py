@@ -15,7 +15,18 @@ class Table(NamedTuple):
 
 
 # null: not given, not defined, or never
-_NULLABLE = {"split", "sample", "threshold", "expected_f1", "spread", "precision", "recall", "f1", "average_precision", "roc_auc"}
+_NULLABLE = {
+    "split",
+    "sample",
+    "threshold",
+    "expected_f1",
+    "spread",
+    "precision",
+    "recall",
+    "f1",
+    "average_precision",
+    "roc_auc",
+}
 
 
 def _table(name, sentence, key, **columns):
@@ -57,7 +68,7 @@ TABLES = {
         ),
         _table(
             "folds",
-            "Fold of each row: -1 test, -2 unused, else 0 to K - 1; with train.folds = 0, fold 0 is held out and 1 trained on.",
+            "Fold of each row: -1 test, -2 unused, else 0 to K - 1; with train.folds = 0, 0 is held out, 1 trained on.",
             ("row",),
             row=_long,
             fold=_int,

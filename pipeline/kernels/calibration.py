@@ -10,7 +10,8 @@ MIN_SLOPE = 0.05  # above 0, so that calibration never changes the ranking withi
 def platt(centres, positives, negatives):
     """a, b of sigmoid(a score + b) that maximise the likelihood of binned counts (Platt 1999; Lin, Lin, Weng 2007).
 
-    Newton's method with halving; the targets are smoothed as Platt has it, so the answer is finite for separable counts.
+    Newton's method with halving; the targets are smoothed as Platt has it, so the answer is finite for separable
+    counts.
 
     Args:
         centres (m,) float64 scores; positives, negatives (m,) float64 >= 0, pseudo-counts allowed.

@@ -1,4 +1,4 @@
-"""Out-of-fold scores of one label -> curve (exact triples) and histogram (fixed bins).  Both add over folds and hosts."""
+"""Out-of-fold scores of one label -> curve (exact triples) and histogram (fixed bins)."""
 
 import numpy as np
 from numba import njit
@@ -10,9 +10,9 @@ BINS, LOW, WIDTH = 1024, -16.0, 1.0 / 32.0  # histogram of log-odds; the outer b
 def curve(scores, positive):
     """(cut, tp, fp) just below every distinct score of a positive, from the highest score down.
 
-    A cut lies strictly between two distinct scores, half way, so ties are never separated: rows with score >= cut are tp
-    positives and fp negatives.  The F1-optimal cut is always one of these.  Below the lowest score of all, the cut is that
-    score - 1.
+    A cut lies strictly between two distinct scores, half way, so ties are never separated: rows with score >= cut are
+    tp positives and fp negatives.  The F1-optimal cut is always one of these.  Below the lowest score of all, the cut
+    is that score - 1.
 
     Args:
         scores (n,) float32, positive (n,) bool.
@@ -53,7 +53,7 @@ def curve(scores, positive):
 
 @njit(cache=True, nogil=True)
 def histogram(scores, positive):
-    """Counts of positives and of negatives per bin, each (1024,) int64.  Bin b holds scores in [-16 + b/32, -16 + (b+1)/32)."""
+    """Positives and negatives per bin, (1024,) int64 each.  Bin b holds scores in [-16 + b/32, -16 + (b+1)/32)."""
     positives, negatives = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
     for i in range(scores.size):
         b = min(max(int(np.floor((np.float64(scores[i]) - LOW) / WIDTH)), 0), BINS - 1)

@@ -1,20 +1,21 @@
 """Dual coordinate ascent for sixteen binary problems ("lanes") at once: logistic loss, ridge penalty.
 
-A lane is one binary problem: which rows take part, which of them are positive, C for positives and C for negatives.  All
-lanes of a group share one pass over X; the sixteen weights of a feature are one cache line.  Each lane minimises
+A lane is one binary problem: which rows take part, which of them are positive, C for positives and C for negatives.
+All lanes of a group share one pass over X; the sixteen weights of a feature are one cache line.  Each lane minimises
 
-    P(w) = 1/2 |w|^2 + sum_i C_i log(1 + exp(-y_i w.x_i))                     (C multiplies the loss, liblinear's convention)
+    P(w) = 1/2 |w|^2 + sum_i C_i log(1 + exp(-y_i w.x_i))        (C multiplies the loss, as in liblinear)
 
 through its dual (Yu, Huang, Lin: Dual coordinate descent methods for logistic regression, 2011)
 
-    D(a) = -1/2 |sum_i a_i y_i x_i|^2 + sum_i C_i H(a_i / C_i),      0 < a_i < C_i,   H(p) = -p log p - (1 - p) log(1 - p).
+    D(a) = -1/2 |sum_i a_i y_i x_i|^2 + sum_i C_i H(a_i / C_i),  0 < a_i < C_i,  H(p) = -p log p - (1-p) log(1-p).
 
-With w = sum_i a_i y_i x_i, one coordinate is optimal when a = C sigmoid(-t) and t = base + a q, where q = |x_i|^2 and base is
-the margin without the row's own part.  The scalar root of h(t) = t - base - q C sigmoid(-t) has h' >= 1; h is convex left
-of 0 and concave right of it, so Newton's step clamped to the side that holds the root converges without a line search.
+With w = sum_i a_i y_i x_i, one coordinate is optimal when a = C sigmoid(-t) and t = base + a q, where q = |x_i|^2 and
+base is the margin without the row's own part.  The scalar root of h(t) = t - base - q C sigmoid(-t) has h' >= 1; h is
+convex left of 0 and concave right of it, so Newton's step clamped to the side that holds the root converges without a
+line search.
 
-The bias is one more feature with value 1: learned and regularised like the others.  Its weights stay in registers during a
-sweep and are the last row of W.
+The bias is one more feature with value 1: learned and regularised like the others.  Its weights stay in registers
+during a sweep and are the last row of W.
 """
 
 from typing import NamedTuple
@@ -186,7 +187,9 @@ MOVING = 1e-3  # a row is visited again between two full sweeps while its last s
 SHORT_SWEEPS = 3  # sweeps over the moving rows after each full one
 
 
-def solve(X: Rows, sign: np.ndarray, c_pos: np.ndarray, c_neg: np.ndarray, gap: float, max_epochs: int, seed: int) -> Solution:
+def solve(
+    X: Rows, sign: np.ndarray, c_pos: np.ndarray, c_neg: np.ndarray, gap: float, max_epochs: int, seed: int
+) -> Solution:
     """Sweep until every lane's relative duality gap is at most `gap`, or `max_epochs` sweeps are made.
 
     The order of the rows is a permutation drawn from (seed, sweep) alone, so a lane sees the same order in any company.
@@ -222,7 +225,7 @@ def solve(X: Rows, sign: np.ndarray, c_pos: np.ndarray, c_neg: np.ndarray, gap: 
 
 @njit(cache=True, nogil=True)
 def _budget_cut(w, budget):
-    """The largest cut on a grid of eight per octave for which the squares of all |w| below it sum to at most `budget`."""
+    """The largest cut, on a grid of eight per octave, below which the squares of w sum to at most `budget`."""
     bits = w.view(np.int32)
     sums = np.zeros(2048)
     for k in range(w.size):
@@ -241,9 +244,9 @@ PRUNE_SHARES = (0.7, 0.4, 0.2, 0.1), (0.05, 0.02, 0.01, 0.005)
 def prune_cuts(X: Rows, solution: Solution, lanes, sign, c_pos, c_neg, share: float) -> np.ndarray:
     """For each of `lanes`, a cut such that dropping |w| < cut raises its objective by at most `share` of it.
 
-    Dropping weights of norm delta raises P by about delta' H delta / 2 with H >= I, so a cut with |delta|^2 / 2 at a share
-    of what is allowed is a guess from below.  Four guesses a lane are tried as lanes of one pass over X, the largest that
-    holds is taken; where none holds, four smaller ones, else nothing is dropped.
+    Dropping weights of norm delta raises P by about delta' H delta / 2 with H >= I, so a cut with |delta|^2 / 2 at a
+    share of what is allowed is a guess from below.  Four guesses a lane are tried as lanes of one pass over X, the
+    largest that holds is taken; where none holds, four smaller ones, else nothing is dropped.
 
     Returns (len(lanes),) float32, 0 where nothing is dropped.
     """

@@ -8,8 +8,8 @@ from numba import njit
 def score_rows(indptr, indices, values, w_indptr, w_labels, w_values, bias, S):
     """S (m, L) float32 = X W + bias.
 
-    Every score is added up over the features of its document in ascending order, in float32, so that it does not depend on
-    which other documents are scored with it (a matrix product through BLAS would).
+    Every score is added up over the features of its document in ascending order, in float32, so that it does not depend
+    on which other documents are scored with it (a matrix product through BLAS would).
 
     Args:
         indptr (m + 1,), indices, values: X (m, d), CSR, indices ascending.
@@ -27,14 +27,14 @@ def score_rows(indptr, indices, values, w_indptr, w_labels, w_values, bias, S):
 
 @njit(cache=True, nogil=True)
 def count_per_feature(indices, w_indptr):
-    """Add to w_indptr (d + 1,) int64 the number of weights of each feature, one place on (counting sort, first half)."""
+    """Add the number of weights of each feature to w_indptr (d + 1,) int64, one place on (first half of a sort)."""
     for feature in indices:
         w_indptr[feature + 1] += 1
 
 
 @njit(cache=True, nogil=True)
 def scatter_weights(label, indices, weights, cursor, w_labels, w_values):
-    """Put one label's weights in their place (counting sort, second half).  `cursor` (d,) int64 moves on."""
+    """Put one label's weights in their place (second half of the sort).  `cursor` (d,) int64 moves on."""
     for k in range(indices.size):
         at = cursor[indices[k]]
         w_labels[at], w_values[at] = label, weights[k]

@@ -1,7 +1,7 @@
 """Vectors of sixteen float32 for numba: one AVX-512 register, two AVX registers, or whatever LLVM makes of it.
 
-numba emits no vector instruction for a loop over the lanes of a row (seen in its assembly), so the vector type and the few
-operations on it are given to LLVM directly.  Loads and stores assume the alignment of one element only.
+numba emits no vector instruction for a loop over the lanes of a row (seen in its assembly), so the vector type and the
+few operations on it are given to LLVM directly.  Loads and stores assume the alignment of one element only.
 """
 
 import numba as nb

@@ -29,7 +29,9 @@ def _code_point(data, at, stop):
     if b < 0xF0 and at + 2 < stop:
         return ((b & 0x0F) << 12) | ((data[at + 1] & 0x3F) << 6) | (data[at + 2] & 0x3F), 3
     if at + 3 < stop:
-        return ((b & 0x07) << 18) | ((data[at + 1] & 0x3F) << 12) | ((data[at + 2] & 0x3F) << 6) | (data[at + 3] & 0x3F), 4
+        return ((b & 0x07) << 18) | ((data[at + 1] & 0x3F) << 12) | ((data[at + 2] & 0x3F) << 6) | (
+            data[at + 3] & 0x3F
+        ), 4
     return np.int64(0), 1
 
 
@@ -53,8 +55,8 @@ def tokenize(data, offsets, words, ngrams):
         ngrams: longest run of tokens that is a term, 1 to 3.
 
     Returns:
-        indptr (n + 1,) int64; hashes (terms,) uint64; starts (terms,) int64 and lengths (terms,) int32: the bytes from the
-        first to the last character of the term in `data`, whatever stands between its tokens included.
+        indptr (n + 1,) int64; hashes (terms,) uint64; starts (terms,) int64 and lengths (terms,) int32: the bytes from
+        the first to the last character of the term in `data`, whatever stands between its tokens included.
     """
     size = (offsets[-1] - offsets[0]) // 3 + offsets.size + 4
     hashes = np.empty(size * ngrams, np.uint64)
@@ -104,8 +106,8 @@ def tokenize(data, offsets, words, ngrams):
 def count_terms(indptr, hashes):
     """Distinct terms of each document and how often they occur.
 
-    Returns (n + 1,) int64 indptr, hashes uint64 ascending within a document, counts int32, and for each the position of one
-    occurrence in the input.
+    Returns (n + 1,) int64 indptr, hashes uint64 ascending within a document, counts int32, and for each the position of
+    one occurrence in the input.
     """
     out_indptr = np.zeros_like(indptr)
     out = np.empty(hashes.size, np.uint64)
@@ -136,8 +138,8 @@ def tfidf(indptr, ids, counts, idf, sublinear):
         sublinear: 1 + log(count) instead of count.
 
     Returns:
-        indptr (n + 1,) int64, indices int32 ascending within a row, values float32.  A document without a known term has an
-        empty row.
+        indptr (n + 1,) int64, indices int32 ascending within a row, values float32.  A document without a known term
+        has an empty row.
     """
     out_indptr = np.zeros_like(indptr)
     indices = np.empty(ids.size, np.int32)

@@ -1,8 +1,8 @@
 """Curves -> cuts: one for all labels, or one a label with a guard for rare labels.
 
-A label with three positives has a curve of three points; the cut that maximises its F1 is luck (and may tag everything).
-The guard is empirical Bayes: pseudo-positives are added that behave as the positives of labels of similar support do.  A
-frequent label keeps its own optimum, a rare one gets what is best for its kind.
+A label with three positives has a curve of three points; the cut that maximises its F1 is luck (and may tag
+everything). The guard is empirical Bayes: pseudo-positives are added that behave as the positives of labels of similar
+support do.  A frequent label keeps its own optimum, a rare one gets what is best for its kind.
 """
 
 from typing import NamedTuple
@@ -62,8 +62,9 @@ def peers(histograms: Histograms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What labels of similar support look like.
 
     Returns:
-        bucket (L,) int64 of each label's support, -1 without positives; per bucket the smoothed sums of positives and of
-        negatives (buckets, 1024) float64.  The weight of a label at distance x in log support is exp(-(x / 0.7)^2 / 2).
+        bucket (L,) int64 of each label's support, -1 without positives; per bucket the smoothed sums of positives and
+        of negatives (buckets, 1024) float64.  The weight of a label at distance x in log support is exp(-(x / 0.7)^2 /
+        2).
     """
     support = histograms.support()
     bucket = np.where(support > 0, np.round(PER_OCTAVE * np.log2(np.maximum(support, 1))), -1).astype(np.int64)
@@ -81,7 +82,7 @@ def peers(histograms: Histograms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return bucket, positives, negatives
 
 
-def prior(histograms: Histograms, label: int, bucket: int, positives: np.ndarray, negatives: np.ndarray):
+def prior(histograms: Histograms, label, bucket, positives: np.ndarray, negatives: np.ndarray):
     """Peers of one label without itself, per positive: positives and negatives (1024,) float64; None without peers."""
     own = slice(histograms.indptr[label], histograms.indptr[label + 1])
     p, n = positives[bucket].copy(), negatives[bucket].copy()
@@ -98,8 +99,8 @@ def guarded_f1_cut(cut, tp, fp, support, own_p, own_n, prior_p, prior_n, guard, 
     """The cut with the largest F1 when `guard` pseudo-positives that behave like `prior` are added to the label's own.
 
     With `micro` > 0 the label's part in micro F1 counts too: F1 + micro (2 tp - micro_f1 (tp + fp)) / support, where
-    micro_f1 is the best that one global cut reaches (raising 2 TP - F (TP + FP) is what raises a ratio of sums above F).
-    Candidates are the label's own cuts and every bin edge.  Among equals the highest is taken.
+    micro_f1 is the best that one global cut reaches (raising 2 TP - F (TP + FP) is what raises a ratio of sums above
+    F). Candidates are the label's own cuts and every bin edge.  Among equals the highest is taken.
 
     Args:
         cut, tp, fp (m,): the label's curve, cuts descending.

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute  # noqa: F401  (pa.compute)
+import pyarrow.compute
 
 from pipeline.kernels import calibration
 from pipeline.kernels.curves import BINS, bin_centres
@@ -50,7 +50,10 @@ def choose(curve_table: pa.Table, histogram_table: pa.Table, status: list[str], 
     folds = sorted(set(curve_table["fold"].unique().to_pylist()) - {POOLED})
     cut, expected = _cuts(curves_of(curve_table, POOLED, size), pooled, cfg)
     by_fold = np.array(
-        [_cuts(curves_of(curve_table, fold, size), histograms_of(histogram_table, fold, size), cfg)[0] for fold in folds]
+        [
+            _cuts(curves_of(curve_table, fold, size), histograms_of(histogram_table, fold, size), cfg)[0]
+            for fold in folds
+        ]
     ).reshape(len(folds), size)
     a, b = _maps(pooled, cfg.pooling)
     support = pooled.support()

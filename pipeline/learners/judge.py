@@ -53,7 +53,7 @@ def judge(chunk: Chunk, weights: Weights, decisions: Decisions, inverse_propensi
     S = weights.score(*chunk[:3])
     Z = decisions.log_odds(S)
     gold = chunk.gold_indptr, chunk.gold_labels
-    tagged = S >= decisions.threshold
+    tagged = decisions.threshold <= S
     tp, fp, fn = counts.confusion(tagged, *gold)
     sums = {
         "documents": S.shape[0],
@@ -70,7 +70,7 @@ def judge(chunk: Chunk, weights: Weights, decisions: Decisions, inverse_propensi
 def count_negatives(chunk: Chunk, weights: Weights, decisions: Decisions, label_cuts, pooled_cuts) -> dict:
     """Negatives of one chunk between the cuts of the curves, by label and pooled."""
     Z = decisions.log_odds(weights.score(*chunk[:3]))
-    sums = {}
+    sums: dict[str, np.ndarray] = {}
     for prefix, cuts in (("", label_cuts), ("pooled_", pooled_cuts)):
         between, equal = ranking.no_negatives(cuts)
         ranking.count_negatives(Z, chunk.gold_indptr, chunk.gold_labels, cuts, between, equal)
@@ -78,11 +78,11 @@ def count_negatives(chunk: Chunk, weights: Weights, decisions: Decisions, label_
     return sums
 
 
-def added(parts: list[dict]) -> dict | None:
-    """All sums added; None where there are none."""
-    total = None
+def added(parts: list[dict]) -> dict:
+    """All sums added; empty where there are none."""
+    total: dict = {}
     for part in parts:
-        total = part if total is None else exact.add_sums(total, part)
+        total = exact.add_sums(total, part) if total else part
     return total
 
 
@@ -90,7 +90,9 @@ def _indptr(lengths):
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def label_table(support: pa.Table, sums: dict, cuts, curve_sums: dict, names, thresholds: pa.Table, status, if_undefined) -> pa.Table:
+def label_table(
+    support: pa.Table, sums: dict, cuts, curve_sums: dict, names, thresholds: pa.Table, status, if_undefined
+) -> pa.Table:
     """The table `label_counts`.  Ratios that are 0/0 are null; AP and AUC of labels without positives too."""
     tp, fp, fn = (np.asarray(sums[name], np.int64) for name in ("tp", "fp", "fn"))
     precision, recall, f1 = counts.precision_recall_f1(tp, fp, fn, np.nan)

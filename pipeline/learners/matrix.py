@@ -84,7 +84,7 @@ def build(folder: Path, feature_files, fold_files, document_files, labels: list[
 
 
 def gold_by_label(document_files, labels: list[str], kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each label the rows that carry it, counted among the kept rows: indptr (L + 1,) int64, rows int32 ascending."""
+    """The rows that carry each label, counted among the kept rows: indptr (L + 1,) int64, rows int32 ascending."""
     place = np.cumsum(kept) - 1
     rows, ids = [], []
     for path in document_files:
@@ -93,10 +93,10 @@ def gold_by_label(document_files, labels: list[str], kept: np.ndarray) -> tuple[
         mask = kept[row]
         rows.append(place[row[mask]].astype(np.int32))
         ids.append(label_id[mask])
-    rows, ids = (np.concatenate(x) if x else np.empty(0, np.int32) for x in (rows, ids))
-    order = np.argsort(ids, kind="stable")
-    indptr = np.concatenate([[0], np.cumsum(np.bincount(ids, minlength=len(labels)))]).astype(np.int64)
-    return indptr, rows[order]
+    row_of, label_of = (np.concatenate([np.empty(0, np.int32), *x]) for x in (rows, ids))
+    order = np.argsort(label_of, kind="stable")
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(label_of, minlength=len(labels)))]).astype(np.int64)
+    return indptr, row_of[order]
 
 
 def gold_pairs(documents: pa.Table, labels: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -131,7 +131,7 @@ class _appending:
         self.offset = 128
 
     def __enter__(self):
-        self.file = open(self.path, "wb")  # noqa: SIM115  (closed in __exit__)
+        self.file = open(self.path, "wb")
         self.file.write(b" " * self.offset)
         return self
 

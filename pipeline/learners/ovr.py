@@ -2,8 +2,8 @@
 
     block of labels + X, folds, positives  ->  label_models, curves, histograms
 
-Each label takes one lane for the final model and one for every fold left out; labels share a group of sixteen lanes as far
-as they fit.  With a single held-out fold (train.folds = 0) one lane serves as both.
+Each label takes one lane for the final model and one for every fold left out; labels share a group of sixteen lanes as
+far as they fit.  With a single held-out fold (train.folds = 0) one lane serves as both.
 """
 
 import logging
@@ -54,10 +54,12 @@ def fit_block(label_ids, X: Rows, gold: Gold, cfg, at_label=lambda: None) -> dic
         at_label: called after each label, for progress.
 
     Returns:
-        Tables label_models, curves and histograms with one row a label (and fold).  A label without positives or without
-        negatives gets a constant model; one that fails gets a row with the cause in `status`.
+        Tables label_models, curves and histograms with one row a label (and fold).  A label without positives or
+        without negatives gets a constant model; one that fails gets a row with the cause in `status`.
     """
-    models, curve_rows, histogram_rows = [], [], []
+    models: list[dict] = []
+    curve_rows: list[dict] = []
+    histogram_rows: list[dict] = []
     lanes = left_out(cfg.folds)
     solvable = []
     for label_id in label_ids:
@@ -82,7 +84,9 @@ def fit_block(label_ids, X: Rows, gold: Gold, cfg, at_label=lambda: None) -> dic
         for _ in group:
             at_label()
     return {
-        name: pa.Table.from_pylist(rows, schema=TABLES[name].schema).sort_by([(k, "ascending") for k in TABLES[name].key])
+        name: pa.Table.from_pylist(rows, schema=TABLES[name].schema).sort_by(
+            [(k, "ascending") for k in TABLES[name].key]
+        )
         for name, rows in (("label_models", models), ("curves", curve_rows), ("histograms", histogram_rows))
     }
 

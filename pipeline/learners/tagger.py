@@ -1,6 +1,7 @@
 """A fitted tagger: text -> scores -> probabilities -> tags, as arrays.
 
-It is a folder of plain files (JSON, Parquet, .npy), checked by SHA-256 before anything is parsed; nothing in it is code.
+It is a folder of plain files (JSON, Parquet, .npy), checked by SHA-256 before anything is parsed; nothing in it is
+code.
 """
 
 import hashlib
@@ -34,7 +35,9 @@ class Weights(NamedTuple):
     @classmethod
     def load(cls, folder: Path) -> "Weights":
         """Map the four arrays weights-<name>.npy of a folder."""
-        return cls(*(np.asarray(np.load(folder / f"weights-{n}.npy", mmap_mode="r", allow_pickle=False)) for n in cls._fields))
+        return cls(
+            *(np.asarray(np.load(folder / f"weights-{n}.npy", mmap_mode="r", allow_pickle=False)) for n in cls._fields)
+        )
 
     @classmethod
     def build(cls, folder: Path, model_files, features: int, labels: int) -> list[Path]:
@@ -118,14 +121,18 @@ class Tagger(NamedTuple):
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tagger":
-        """From a folder written by `save`.  Raises DataError where a file has changed, ConfigError for a newer format."""
+        """From a folder written by `save`.  Raises DataError for a changed file, ConfigError for a newer format."""
         folder = Path(folder)
         card = json.loads((folder / "tagger.json").read_text(encoding="utf-8"))
         if card["format"] > FORMAT:
-            raise ConfigError(f"{folder}: format {card['format']} is newer than this version reads ({FORMAT}); upgrade tagmill")
+            raise ConfigError(
+                f"{folder}: format {card['format']} is newer than this version reads ({FORMAT}); upgrade tagmill"
+            )
         for name, expected in card["sha256"].items():
             if Path(name).name != name or not (folder / name).is_file() or sha256(folder / name) != expected:
-                raise DataError(f"{folder / name}: missing or changed since the model was written; fetch the model again")
+                raise DataError(
+                    f"{folder / name}: missing or changed since the model was written; fetch the model again"
+                )
         return cls.from_tables(
             pq.read_table(folder / "vocabulary.parquet"),
             pq.read_table(folder / "labels.parquet"),
@@ -139,8 +146,8 @@ class Tagger(NamedTuple):
         names = labels.sort_by("label_id")["label"].to_pylist()
         if not len(names) == weights.bias.size == thresholds.num_rows:
             raise DataError(
-                f"the model has {weights.bias.size} labels, the label table {len(names)}, thresholds {thresholds.num_rows}; "
-                "they belong to different runs"
+                f"the model has {weights.bias.size} labels, the label table {len(names)}, "
+                f"thresholds {thresholds.num_rows}; they belong to different runs"
             )
         return cls(Vocabulary.from_table(vocabulary), weights, Decisions.from_table(thresholds), names, settings)
 
@@ -182,10 +189,14 @@ def tag_lists(S: np.ndarray, decisions: Decisions, labels: list[str], max_tags: 
     names = pa.DictionaryArray.from_arrays(ids, pa.array(labels, pa.string())).cast(pa.string())
     columns = [names, pa.array(score), pa.array(probability), pa.array(decisions.threshold[ids])]
     structs = pa.StructArray.from_arrays(columns, fields=list(fields))
-    return pa.ListArray.from_arrays(pa.array(indptr.astype(np.int32)), structs).cast(TABLES["tags"].schema.field("tags").type)
+    return pa.ListArray.from_arrays(pa.array(indptr.astype(np.int32)), structs).cast(
+        TABLES["tags"].schema.field("tags").type
+    )
 
 
-def save(folder: Path, vocabulary: pa.Table, labels: pa.Table, thresholds: pa.Table, weight_files, settings: dict) -> None:
+def save(
+    folder: Path, vocabulary: pa.Table, labels: pa.Table, thresholds: pa.Table, weight_files, settings: dict
+) -> None:
     """Write a tagger folder for `Tagger.load`."""
     for name, table in (("vocabulary", vocabulary), ("labels", labels), ("thresholds", thresholds)):
         pq.write_table(table, folder / f"{name}.parquet", compression="zstd")

@@ -1,5 +1,6 @@
 """Text -> TF-IDF rows, by a vocabulary of hashed terms."""
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -73,7 +74,7 @@ def batches(table: pa.Table, column: str = "text"):
         return
     group = (np.cumsum(lengths) - lengths) // BATCH_BYTES
     edges = np.concatenate([[0], np.flatnonzero(np.diff(group)) + 1, [lengths.size]])
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in itertools.pairwise(edges):
         yield table.slice(start, stop - start).combine_chunks()
 
 

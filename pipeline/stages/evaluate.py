@@ -1,6 +1,7 @@
 """Evaluate.
 
-    features[test], label_models (as weights), thresholds, documents (labels)  ->  label_counts, metrics.json, report.html
+    features[test], label_models (as weights), thresholds, documents (labels)  ->  label_counts, metrics.json,
+    report.html
 
 Each task returns integers that add; Spark adds them and ratios are taken once, here.  Curves take two passes: the first
 learns the scores of the gold pairs, the second counts the negatives between them.
@@ -26,7 +27,7 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
     """Judge the run on its test fold.  Raises DataError where the test fold is empty."""
     names = run.read("labels", ["label_id", "label"])["label"].to_pylist()
     support = run.read("label_support")
-    documents = run.manifest("split")["documents"]
+    documents = run.finished("split")["documents"]
     if documents["test"] == 0:
         raise DataError("no document is in the test fold; expected some marked test, or split.test above 0")
     propensity = ranking.inverse_propensity(
@@ -41,15 +42,18 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
             "if_undefined": float(cfg.evaluate.if_undefined),
         }
     )
-    parts = [tuple(map(str, paths)) for paths in zip(*(run.files(t) for t in ("features", "folds", "documents")), strict=True)]
+    parts = [
+        tuple(map(str, paths))
+        for paths in zip(*(run.files(t) for t in ("features", "folds", "documents")), strict=True)
+    ]
     first = run_tasks(spark, "evaluate: score and count", functools.partial(_judge_part, shared), parts)
-    sums = judge.added([s for s, _, _ in first if s is not None])
+    sums = judge.added([s for s, _, _ in first if s])
     gold_labels, gold_scores = (np.concatenate([pair[k] for _, pair, _ in first]) for k in (0, 1))
     cuts = ranking.positive_cuts(gold_labels, gold_scores, len(names))
     pooled = ranking.positive_cuts(gold_labels, gold_scores, len(names), pooled=True)
     curves = spark.sparkContext.broadcast((cuts, pooled))
     second = run_tasks(spark, "evaluate: count negatives", functools.partial(_negatives_of_part, shared, curves), parts)
-    curve_sums = judge.added([s for s in second if s is not None])
+    curve_sums = judge.added([s for s in second if s])
 
     n = sums["documents"]
     undefined = float(cfg.evaluate.if_undefined)
@@ -65,7 +69,9 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
             "documents": n,
             "labels": len(names),
             "labels_with_positives": int((table["support"].to_numpy() > 0).sum()),
-            "labels_only_in_test": int(((table["support"].to_numpy() > 0) & (table["train_support"].to_numpy() == 0)).sum()),
+            "labels_only_in_test": int(
+                ((table["support"].to_numpy() > 0) & (table["train_support"].to_numpy() == 0)).sum()
+            ),
             "training_documents": documents["train"],
             **{name: int(np.sum(sums[name])) for name in ("tp", "fp", "fn")},
         },
@@ -88,7 +94,10 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
         "metrics.json": [entry(attempt / "metrics.json", attempt, 1)],
         "report.html": [entry(attempt / "report.html", attempt, 1)],
     }
-    return Outcome(tables, {"metrics": metrics, "counts": card["counts"], "examples": examples, "reliability": reliability_bins(sums)})
+    return Outcome(
+        tables,
+        {"metrics": metrics, "counts": card["counts"], "examples": examples, "reliability": reliability_bins(sums)},
+    )
 
 
 def publish(run: Run) -> None:
@@ -114,11 +123,11 @@ def conventions(cfg) -> dict[str, str]:
         "macro_f1": "mean over labels with at least one gold positive in the test fold",
         "macro_f1_all": "mean over every label of the label table",
         "ties": "a cut lies strictly between two distinct scores; a label is tagged where score >= cut",
-        "ranking": "by calibrated log-odds, then by label id; nDCG, LRAP, coverage and ranking loss treat ties as scikit-learn",
+        "ranking": "by calibrated log-odds, then label id; ties in nDCG, LRAP, coverage, ranking loss as scikit-learn",
         "k_above_labels": "P@k divides by k even where there are fewer labels",
         "documents_without_gold": "kept: they count as all-negative, and 0 in P@k, R@k, RP@k, nDCG@k and MAP@k",
         "labels_only_in_test": "kept, never tagged, counted in macro_f1",
-        "average_precision_macro": "mean over labels with a positive; roc_auc_macro over labels with a positive and a negative",
+        "average_precision_macro": "over labels with a positive; roc_auc_macro: with a positive and a negative",
         "psp": f"propensities of Jain et al. 2016, A {cfg.evaluate.propensity_a}, B {cfg.evaluate.propensity_b}; "
         "divided by the best possible ranking",
         "probabilities": "ece (15 equal-width bins), brier and log_loss are means over all document-label pairs",
@@ -179,7 +188,8 @@ def _judge_part(shared, paths):
         sums.append(part)
         scored.append(pairs)
     labels, scores = (
-        np.concatenate([np.empty(0, dtype), *(pair[k] for pair in scored)]) for k, dtype in ((0, np.int64), (1, np.float64))
+        np.concatenate([np.empty(0, dtype), *(pair[k] for pair in scored)])
+        for k, dtype in ((0, np.int64), (1, np.float64))
     )
     return judge.added(sums), (labels, scores), _examples(paths, s, weights, decisions)
 
@@ -188,7 +198,10 @@ def _negatives_of_part(shared, curves, paths):
     s = shared.value
     weights, decisions = _weights(s["weights"]), Decisions.from_table(s["thresholds"])
     return judge.added(
-        [judge.count_negatives(chunk, weights, decisions, *curves.value) for chunk in judge.chunks(*map(Path, paths), s["labels"], TEST)]
+        [
+            judge.count_negatives(chunk, weights, decisions, *curves.value)
+            for chunk in judge.chunks(*map(Path, paths), s["labels"], TEST)
+        ]
     )
 
 

@@ -27,7 +27,7 @@ SEPARATOR = "\n"
 def featurize(spark, run: Run, attempt: Path, cfg) -> Outcome:
     """Fit the vocabulary and write one TF-IDF row a document.  Raises DataError where no term is left."""
     pairs = list(zip(run.files("documents"), run.files("folds"), strict=True))
-    training = int(sum(run.manifest("split")["documents"][kind] for kind in ("train",)))
+    training = run.finished("split")["documents"]["train"]
     counted, collisions = count_terms(spark, pairs, cfg.featurize.ngrams, cfg.featurize.min_df)
     vocabulary = choose_terms(counted, training, cfg.featurize)
     if vocabulary.num_rows == 0:

@@ -2,8 +2,8 @@
 
     input files  ->  documents (row, doc_id, text, labels, split), labels (label_id, label, support), rejects
 
-Rows are in the order of (hash of doc_id, doc_id), whatever the order, number and partition of the input files: everything
-later is deterministic because of it.  A record ends as a document or as a reject with a reason.
+Rows are in the order of (hash of doc_id, doc_id), whatever the order, number and partition of the input files:
+everything later is deterministic because of it.  A record ends as a document or as a reject with a reason.
 """
 
 import collections
@@ -19,7 +19,7 @@ from pipeline import sources
 from pipeline.errors import DataError, InputError, shown
 from pipeline.session import cores
 from pipeline.stages.parts import Outcome, hashes, run_tasks, task_frame, tasks_of
-from pipeline.store import entry, replacing, write_part
+from pipeline.store import replacing, write_part
 from pipeline.tables import TABLES
 
 PART_BYTES = 64 << 20  # of input for one part
@@ -56,7 +56,9 @@ def ingest(spark, plan: sources.Plan, attempt: Path, cfg, need_labels: bool = Tr
     total = accepted + sum(reasons.values())
     if total == 0:
         raise InputError(f"{shown(plan.files[0][0])} and {len(plan.files) - 1} more: no record; expected documents")
-    labels = _label_table(sum((collections.Counter(f["labels"]) for f in done.values()), collections.Counter()), cfg.ingest)
+    labels = _label_table(
+        sum((collections.Counter(f["labels"]) for f in done.values()), collections.Counter()), cfg.ingest
+    )
     _check(total, accepted, reasons, labels, cfg.ingest, need_labels)
 
     # rows are numbered across parts once all parts are counted
@@ -88,7 +90,9 @@ def ingest(spark, plan: sources.Plan, attempt: Path, cfg, need_labels: bool = Tr
 def summary(facts: dict, rows: dict) -> str:
     rejected = sum(facts["rejected"].values())
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in facts["rejected"].items())
-    return f"{rows['documents']:,} documents, {rows['labels']:,} labels, {rejected:,} rejected" + (f" ({reasons})" if reasons else "")
+    return f"{rows['documents']:,} documents, {rows['labels']:,} labels, {rejected:,} rejected" + (
+        f" ({reasons})" if reasons else ""
+    )
 
 
 def _check(total, accepted, reasons, labels, cfg, need_labels):
@@ -114,7 +118,11 @@ def _check(total, accepted, reasons, labels, cfg, need_labels):
 def _label_table(counts, cfg):
     kept = sorted(label for label, support in counts.items() if support >= cfg.min_label_documents)
     return pa.table(
-        [pa.array(range(len(kept)), pa.int32()), pa.array(kept, pa.string()), pa.array([counts[k] for k in kept], pa.int64())],
+        [
+            pa.array(range(len(kept)), pa.int32()),
+            pa.array(kept, pa.string()),
+            pa.array([counts[k] for k in kept], pa.int64()),
+        ],
         schema=TABLES["labels"].schema,
     )
 
@@ -148,7 +156,8 @@ STAGED = pa.schema([TABLES["documents"].schema.field(name) for name in ("doc_id"
 
 def _write_sorted(batches, attempt: Path, part: int) -> pa.RecordBatch:
     """Documents (without row numbers yet) and rejects of one part, whose records come sorted by doc_id."""
-    reasons, labels = collections.Counter(), collections.Counter()
+    reasons: collections.Counter[str] = collections.Counter()
+    labels: collections.Counter[str] = collections.Counter()
     repairs, rows = 0, 0
     rejects = []
     staged = attempt / f"staged-{part:05d}.arrow"
@@ -170,12 +179,16 @@ def _write_sorted(batches, attempt: Path, part: int) -> pa.RecordBatch:
     refused = pa.concat_tables([TABLES["rejects"].schema.empty_table(), *rejects])
     facts = {
         "documents": {"file": staged.name, "rows": rows},
-        "rejects": write_part(attempt, "rejects", refused.sort_by([("file", "ascending"), ("position", "ascending")]), part),
+        "rejects": write_part(
+            attempt, "rejects", refused.sort_by([("file", "ascending"), ("position", "ascending")]), part
+        ),
         "reasons": reasons,
         "labels": labels,
         "repairs": repairs,
     }
-    return pa.RecordBatch.from_pylist([{"part": part, "facts": json.dumps(facts)}], schema=pa.schema([("part", pa.int32()), ("facts", pa.string())]))
+    return pa.RecordBatch.from_pylist(
+        [{"part": part, "facts": json.dumps(facts)}], schema=pa.schema([("part", pa.int32()), ("facts", pa.string())])
+    )
 
 
 def _whole_documents(batches):
@@ -195,7 +208,7 @@ def _whole_documents(batches):
 
 
 def _without_duplicates(table):
-    """Accepted rows with distinct doc_id, and rejects.  Exact repetitions keep the first; conflicting ones are all refused."""
+    """Accepted rows with distinct doc_id, and rejects: of exact repetitions all but the first, of conflicts all."""
     bad = table.filter(pc.is_valid(table["reason"]))
     good = table.filter(pc.is_null(table["reason"]))
     refused = [bad.select(["file", "position", "reason", "sample"])]

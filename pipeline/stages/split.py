@@ -58,7 +58,9 @@ def split(spark, run: Run, attempt: Path, cfg) -> Outcome:
         "labels_without_training_documents": int((support["train"].to_numpy() == 0).sum()),
         "labels_missing_from_a_fold": int((support["folds_without"].to_numpy() > 0).sum()),
     }
-    return Outcome({"folds": [e for e, _ in done], "label_support": [write_part(attempt, "label_support", support, 0)]}, facts)
+    return Outcome(
+        {"folds": [e for e, _ in done], "label_support": [write_part(attempt, "label_support", support, 0)]}, facts
+    )
 
 
 def summary(facts: dict, rows: dict) -> str:

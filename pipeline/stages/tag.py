@@ -44,7 +44,8 @@ def summary(facts: dict, rows: dict) -> str:
     n = rows["tags"]
     return (
         f"{n:,} documents, {facts['tags_given']:,} tags ({facts['tags_given'] / max(n, 1):.2f} a document), "
-        f"{facts['documents_without_tags']:,} without a tag, {facts['documents_without_features']:,} without a known term"
+        f"{facts['documents_without_tags']:,} without a tag, "
+        f"{facts['documents_without_features']:,} without a known term"
     )
 
 

@@ -2,8 +2,9 @@
 
     features, folds, documents (labels)  ->  label_models, curves, histograms, weights
 
-One Spark job; a task is a block of labels.  The matrix is mapped once per host.  A block that is done has its marker, so a
-second run solves only what is missing; what a block holds depends on the data and the settings alone, never on who solved it.
+One Spark job; a task is a block of labels.  The matrix is mapped once per host.  A block that is done has its marker,
+so a second run solves only what is missing; what a block holds depends on the data and the settings alone, never on who
+solved it.
 """
 
 import json
@@ -42,9 +43,9 @@ def train(spark, run: Run, attempt: Path, cfg, key: str) -> Outcome:
     """
     support = run.read("label_support")["train"].to_numpy()
     names = run.read("labels", ["label"])["label"].to_pylist()
-    features = run.manifest("featurize")["terms"]
+    features = run.finished("featurize")["terms"]
     todo = blocks(support, cfg.train.labels_per_block)
-    done = {number: facts for number in range(len(todo)) if (facts := finished_block(attempt, number))}
+    done = {number: found for number in range(len(todo)) if (found := finished_block(attempt, number))}
     if done:
         log.info("train: %d of %d blocks are done already", len(done), len(todo))
     sources = {
@@ -118,7 +119,9 @@ def _solver(shared, cfg):
         s = shared.value
         folder = matrix.shared(
             Path(s["folder"]),
-            lambda part: matrix.build(part, s["feature_files"], s["fold_files"], s["document_files"], s["labels"], s["features"]),
+            lambda part: matrix.build(
+                part, s["feature_files"], s["fold_files"], s["document_files"], s["labels"], s["features"]
+            ),
         )
         X, gold = matrix.open_shared(folder)
         opened = time.monotonic()
@@ -148,6 +151,6 @@ def _refuse_failures(attempt, facts, names, allowed):
             if any(status.startswith("failed") for status in f["statuses"]):
                 (attempt / f"block-{number:05d}.json").unlink(missing_ok=True)
         raise DataError(
-            f"{count} of {len(names)} labels failed ({shown(next(iter(failed)), 200)}); at most train.max_failed = {allowed} may"
+            f"{count} of {len(names)} labels failed ({shown(next(iter(failed)), 200)}); "
+            f"at most train.max_failed = {allowed} may"
         )
-
