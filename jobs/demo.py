@@ -22,7 +22,7 @@ CONFIG = Path(__file__).parent.parent / "conf" / "demo.yaml"
 
 
 def demo(run_dir: str, sets: list[str]) -> None:
-    """Build the corpus where it is not there yet, fit, and print the metrics, five tagged documents and what to open."""
+    """Build the corpus where it is not there yet, fit, print metrics, five tagged documents and what to open."""
     cfg, _ = configuration.load(CONFIG if CONFIG.is_file() else None, sets)
     path = corpus(Path(os.path.abspath(run_dir)))
     # the libraries may have changed since the last demo; its run folder is ours to redo

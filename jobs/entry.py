@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import select
 import signal
 import sys
 import tempfile
@@ -42,32 +43,44 @@ class Job:
     def __init__(self, run: Run, cfg: Config):
         self.run, self.cfg = run, cfg
         self._spark = None
+        self._ours = False  # a session that was there before (a notebook's) is used and left running
 
     @property
     def spark(self):
         if self._spark is None:
-            from pipeline.session import session
+            from pipeline.session import active, session
 
-            log.info("spark: starting on %s", self.cfg.spark.master)
+            self._ours = not active()
+            if self._ours:
+                log.info("spark: starting on %s", self.cfg.spark.master)
             self._spark = session(self.cfg.spark, f"tagmill {self.run.root.name}")
         return self._spark
 
     def stop(self) -> None:
-        if self._spark is not None:
+        if self._spark is not None and self._ours:
             self._spark.stop()
-            self._spark = None
+        self._spark = None
 
-    def recipe(self, stage: Stage, files: Iterable[tuple[str, int, str]] | None = None) -> dict:
-        """What decides the output of a stage."""
-        inputs = {name: (self.run.manifest(name) or {}).get("fingerprint") for name in upstream(stage)}
-        if stage.name == "ingest":
-            inputs = {"files": sorted(digest for _, _, digest in files or ())}
-        return {
-            "stage": stage.name,
-            "settings": stage_settings(stage.name, self.cfg),
-            "inputs": inputs,
-            "code": code_version(),
-        }
+    def recipes(self, files: Iterable[tuple[str, int, str]] | None) -> dict[str, dict]:
+        """What decides the output of every stage; known before any of them has run.
+
+        files: of the input; None takes the documents that the run has ingested.
+        """
+        found: dict[str, dict] = {}
+        for stage in FIT:
+            inputs: dict[str, object] = {name: fingerprint(found[name]) for name in upstream(stage)}
+            if stage.name == "ingest":
+                if files is None:
+                    found[stage.name] = self.run.finished(stage.name)["recipe"]
+                    continue
+                inputs = {"files": sorted(digest for _, _, digest in files)}
+            found[stage.name] = {
+                "stage": stage.name,
+                "settings": stage_settings(stage.name, self.cfg),
+                "inputs": inputs,
+                "code": code_version(),
+            }
+        return found
 
 
 def stage_settings(stage: str, cfg: Config) -> dict[str, object]:
@@ -116,10 +129,11 @@ def fit(run_dir: str, input_path: str | None, cfg: Config, overwrite: bool = Fal
         job = Job(run, cfg)
         _settle(job, info, input_path, overwrite)
         try:
+            recipes = job.recipes(plan.files if plan else None)
             stages = [stage for stage in FIT if only in (None, stage.name)]
-            _refuse_others(job, stages, plan, overwrite)
+            _refuse_others(job, stages, recipes, overwrite)
             for stage in stages:
-                run_stage(job, stage, plan)
+                run_stage(job, stage, recipes[stage.name], plan)
         finally:
             job.stop()
     return run
@@ -141,15 +155,13 @@ def _settle(job, info, input_path, overwrite):
         job.run.create({"config": config, "input": location})
 
 
-def _refuse_others(job, stages, plan, overwrite):
+def _refuse_others(job, stages, recipes, overwrite):
     """Stop before anything is written where a finished stage came from another input, setting or version."""
     for stage in stages:
         manifest = job.run.manifest(stage.name)
         if manifest is None:
             continue
-        recipe = job.recipe(stage, plan.files if plan else None)
-        if stage.name == "ingest" and plan is None:
-            continue
+        recipe = recipes[stage.name]
         if manifest["fingerprint"] == fingerprint(recipe):
             continue
         if not overwrite:
@@ -176,17 +188,15 @@ def _what_differs(before, after):
     return ", ".join(parts) or "another recipe"
 
 
-def run_stage(job: Job, stage: Stage, plan=None) -> None:
+def run_stage(job: Job, stage: Stage, recipe: dict, plan: sources.Plan | None = None) -> None:
     """One stage: skip it where it is current and whole, else compute, measure and publish it."""
     from jobs.meter import Meter
     from jobs.progress import watching
 
     run = job.run
-    if stage.name == "ingest" and plan is None:
-        plan = sources.plan(run.info["input"], job.cfg.input)
     for name in upstream(stage):
-        run.finished(name)
-    recipe = job.recipe(stage, plan.files if plan else None)
+        if run.finished(name)["fingerprint"] != recipe["inputs"][name]:
+            raise ConfigError(f"{run.root}: stage {name} is not current; run it again before {stage.name}")
     mark = fingerprint(recipe)
     manifest = run.manifest(stage.name)
     if manifest and manifest["fingerprint"] == mark:
@@ -271,19 +281,21 @@ def guarded(function: Callable[[], object], debug: bool = False) -> int:
         raise Terminated
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, terminate)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup asks for it
+            signal.signal(number, terminate)
     try:
         function()
+        print(end="", flush=True)  # the reader of a short output may have left, and nothing was written before
     except Terminated:
         print("tagmill: stopped by a signal; run the same command again to go on", file=sys.stderr)
         return errors.TERMINATED
     except KeyboardInterrupt:
         print("tagmill: interrupted; run the same command again to go on", file=sys.stderr)
         return errors.INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         known = translated(error)
         if debug:
             traceback.print_exc()
@@ -295,7 +307,18 @@ def guarded(function: Callable[[], object], debug: bool = False) -> int:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    """The message, also where it quotes data: no newline, no control character."""
+    return shown(" ".join(str(error).split()), 4000)
+
+
+def _reader_left():
+    """Nobody reads our standard output any more (`tagmill show | head`); a pipe of another kind is a failure."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError, AttributeError):  # closed, or no file at all
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def translated(error: BaseException) -> TagmillError | None:
@@ -310,8 +333,9 @@ def translated(error: BaseException) -> TagmillError | None:
             return known
     text = str(error)
     match = re.search(r"pipeline\.errors\.(\w+): (.+)", text)
-    if match and hasattr(errors, match[1]):
-        return getattr(errors, match[1])(match[2].strip())
+    family = getattr(errors, match[1], None) if match else None
+    if match and isinstance(family, type) and issubclass(family, TagmillError):
+        return family(match[2].strip())
     match = re.search(
         r"(?:OSError|PermissionError|FileNotFoundError): \[Errno (\d+)\] ([^:\n]+)(?:: '([^'\n]+)')?", text
     )

@@ -5,15 +5,29 @@ Importing this module does nothing else.
 """
 
 import difflib
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from pipeline.errors import ConfigError, InputError, shown
 
 MAX_CONFIG_BYTES = 1_000_000
+MAX_SEED = 2**63 - 1
+
+Column = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -21,21 +35,30 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value, info):
+        # YAML reads no and off as false, which would pass for 0
+        kind = cls.model_fields[info.field_name].annotation
+        if kind in (int, float, Literal[0, 1]) and isinstance(value, bool | str):
+            raise PydanticCustomError("not_a_number", "a number" if kind is not int else "a whole number")
+        return value
+
 
 class InputConfig(Section):
     """Where the columns of the input are."""
 
-    doc_id: str = Field("doc_id", description="column with the document's identity: string or whole number")
+    doc_id: Column = Field("doc_id", description="column with the document's identity: string or whole number")
     text: tuple[str, ...] = Field(("text",), min_length=1, description="column, or list of columns joined by newlines")
-    labels: str = Field("labels", description="column with the labels: list of strings, or one string in CSV/TSV")
+    labels: Column = Field("labels", description="column with the labels: list of strings, or one string in CSV/TSV")
     split: str | None = Field("split", description="column with train, dev or test; used where it exists")
     label_separator: str = Field("|", min_length=1, description="between the labels of one CSV/TSV cell")
     format: Literal["auto", "parquet", "jsonl", "csv", "tsv"] = Field(
         "auto", description="auto goes by name and content"
     )
     max_document_bytes: PositiveInt = Field(20_000_000, le=1_000_000_000, description="UTF-8 bytes; longer: rejected")
-    max_labels_per_document: PositiveInt = Field(1_000, description="more: rejected")
-    max_label_bytes: PositiveInt = Field(1_000, description="UTF-8 bytes of one label; longer: rejected")
+    max_labels_per_document: PositiveInt = Field(1_000, le=1_000_000, description="more: rejected")
+    max_label_bytes: PositiveInt = Field(1_000, le=1_000_000, description="UTF-8 bytes of one label; longer: rejected")
 
     @model_validator(mode="before")
     @classmethod
@@ -44,6 +67,13 @@ class InputConfig(Section):
             data = {**data, "text": (data["text"],)}
         return data
 
+    @field_validator("text")
+    @classmethod
+    def _columns_have_names(cls, text):
+        if not all(text):
+            raise ValueError("names of columns")
+        return text
+
 
 class IngestConfig(Section):
     """Reading and checking documents."""
@@ -51,7 +81,9 @@ class IngestConfig(Section):
     max_rejected: float = Field(
         0.1, ge=0, le=1, description="share of records; above it the run stops with exit code 65"
     )
-    max_labels: PositiveInt = Field(1_000_000, description="distinct labels; above it the run stops with exit code 65")
+    max_labels: PositiveInt = Field(
+        1_000_000, le=100_000_000, description="distinct labels; above it the run stops with exit code 65"
+    )
     min_label_documents: PositiveInt = Field(1, description="labels on fewer documents are left out of the label table")
 
 
@@ -64,7 +96,7 @@ class SplitConfig(Section):
     dev: Literal["train", "drop"] = Field(
         "train", description="documents marked dev join the training folds, or are unused"
     )
-    seed: int = Field(0, ge=0, description="of the hash that draws test documents and folds")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="of the hash that draws test documents and folds")
 
 
 class FeaturizeConfig(Section):
@@ -72,7 +104,7 @@ class FeaturizeConfig(Section):
 
     min_df: PositiveInt = Field(2, description="training documents that hold a term; rarer terms are left out")
     max_df: float = Field(1.0, gt=0, le=1, description="share of training documents; more frequent terms are left out")
-    max_features: PositiveInt = Field(2_000_000, description="most frequent terms kept")
+    max_features: PositiveInt = Field(2_000_000, le=100_000_000, description="most frequent terms kept")
     ngrams: int = Field(1, ge=1, le=3, description="longest run of words that is a term")
     sublinear: bool = Field(True, description="1 + log(count) instead of count")
 
@@ -87,20 +119,23 @@ class TrainConfig(Section):
     dev: float = Field(
         0.1, gt=0, lt=1, description="with folds 0 and no dev documents: share of training documents held out"
     )
-    gap: PositiveFloat = Field(0.01, description="a lane is done when its relative duality gap is below this")
-    max_epochs: PositiveInt = Field(60, description="passes over the rows still moving; then status not_converged")
+    gap: PositiveFloat = Field(0.01, le=1, description="a lane is done when its relative duality gap is below this")
+    max_epochs: PositiveInt = Field(
+        60, le=1_000_000, description="passes over the rows still moving; then status not_converged"
+    )
     prune: float = Field(
         0.001, ge=0, lt=1, description="share by which dropping small weights may raise a label's objective"
     )
-    labels_per_block: PositiveInt = Field(64, description="labels of one task")
+    labels_per_block: PositiveInt = Field(64, le=100_000, description="labels of one task")
     max_failed: int = Field(0, ge=0, description="labels that may fail before the run stops with exit code 65")
-    seed: int = Field(0, ge=0, description="of the order in which rows are visited")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="of the order in which rows are visited")
 
-    @model_validator(mode="after")
-    def _folds_are_none_or_several(self):
-        if self.folds == 1:
-            raise ValueError("folds is 1; expected 0 (curves from dev documents) or 2 to 15")
-        return self
+    @field_validator("folds")
+    @classmethod
+    def _folds_are_none_or_several(cls, folds):
+        if folds == 1:
+            raise ValueError("0 (curves from dev documents) or 2 to 15")
+        return folds
 
 
 class CalibrateConfig(Section):
@@ -118,8 +153,8 @@ class EvaluateConfig(Section):
     """Conventions that change a number."""
 
     if_undefined: Literal[0, 1] = Field(0, description="value of 0/0 in precision, recall, F1 and Jaccard")
-    propensity_a: float = Field(0.55, description="A of the propensity model (Jain et al. 2016)")
-    propensity_b: float = Field(1.5, description="B of the propensity model (Jain et al. 2016)")
+    propensity_a: float = Field(0.55, ge=0, description="A of the propensity model (Jain et al. 2016)")
+    propensity_b: float = Field(1.5, ge=0, description="B of the propensity model (Jain et al. 2016)")
 
 
 class TagConfig(Section):
@@ -135,9 +170,19 @@ class SparkConfig(Section):
         "local[*]", description="as spark-submit's --master; local modes retry a failed task three times"
     )
     partitions: int = Field(0, ge=0, le=100_000, description="parts of the document tables; 0: from size and cores")
-    driver_memory: str = Field("2g", pattern=r"^\d+[mg]$", description="heap of the driver's JVM")
+    driver_memory: str = Field(
+        "2g", pattern=r"^[1-9]\d{0,5}[mg]$", description="heap of the driver's JVM, such as 900m or 2g"
+    )
     cache_dir: str = Field("", description="host folder of the shared feature matrix; empty: the temporary folder")
     options: dict[str, str] = Field(default_factory=dict, description="further Spark settings, spark.* keys")
+
+    @field_validator("master")
+    @classmethod
+    def _local_threads_are_in_range(cls, master):
+        local = r"local(\[(\*|[1-9]\d{0,2})(,[1-9]\d{0,2})?\]|-cluster\[\d+,\d+,\d+\])?"
+        if not master or (master.startswith("local") and not re.fullmatch(local, master)):
+            raise ValueError("local[N] with N from 1 to 999 or *, or the address of a cluster")
+        return master
 
 
 class MlflowConfig(Section):
@@ -151,7 +196,7 @@ class MlflowConfig(Section):
     model: str = Field("tagmill", min_length=1, description="registered model")
     alias: str = Field("champion", description="alias that moves to the new version, last of all; empty: none")
     required: bool = Field(False, description="true: an unreachable server is exit code 69")
-    timeout: PositiveInt = Field(15, description="seconds before an unreachable server is given up")
+    timeout: PositiveInt = Field(15, le=86_400, description="seconds before an unreachable server is given up")
 
 
 class Config(Section):
@@ -226,7 +271,7 @@ def describe() -> dict[str, str]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML without aliases; a key given twice is refused."""
+    """Safe YAML without aliases; a key given twice is refused; 1e-3 is a number, as in YAML 1.2."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.events.AliasEvent):
@@ -243,19 +288,31 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
 def _read_yaml(path):
     if not path.is_file():
         raise InputError(f"{path}: no such configuration file")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ConfigError(f"{path}: {path.stat().st_size} bytes; a configuration has at most {MAX_CONFIG_BYTES}")
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {shown(str(error), 200)}") from error
+        value = _parsed(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML: {shown(error, 300)}") from error
     if value is None:
         return {}
-    if not isinstance(value, dict) or not all(isinstance(v, dict) for v in value.values()):
-        raise ConfigError(f"{path}: expected sections with settings, such as\ntrain:\n  C: 10".replace("\n", " ⏎ "))
+    sections = value.items() if isinstance(value, dict) else [("the whole", value)]
+    for section, settings in sections:
+        if not isinstance(settings, dict):
+            raise ConfigError(
+                f"{path}: {shown(section)} is {shown(repr(settings))}; "
+                "expected sections with settings, such as train: {C: 10}"
+            )
     return value
 
 
@@ -265,20 +322,21 @@ def _parse_set(item):
     if not (equals and dot and section and name):
         raise ConfigError(f"--set {shown(item)}: expected section.name=value, such as train.C=10")
     try:
-        value = yaml.load(text, _StrictLoader) if text else ""
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {shown(item)}: the value is not valid YAML") from error
-    if isinstance(value, str):
-        value = _number(value)  # YAML reads 1e-3 as text
+        value = _parsed(text) if text else ""
+    except ValueError as error:
+        raise ConfigError(
+            f"--set {shown(item)}: the value is not valid YAML; text with special characters stands in double quotes"
+        ) from error
     inner = name.split(".", 1)
     return {section: {inner[0]: {inner[1]: value}}} if len(inner) == 2 else {section: {name: value}}
 
 
-def _number(text):
+def _parsed(text):
+    """The value that YAML text stands for.  Raises ValueError, whatever PyYAML met: an odd scalar, a depth, a tag."""
     try:
-        return float(text) if any(c.isdigit() for c in text) else text
-    except ValueError:
-        return text
+        return yaml.load(text, _StrictLoader)
+    except Exception as error:  # !!bool maybe is a KeyError, 2024-13-45 a ValueError, ? [a] a TypeError
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _merge(merged, extra, source, origins):
@@ -295,15 +353,15 @@ def _explain(error, origins):
     place = ".".join(str(part) for part in error["loc"])
     source = origins.get(".".join(str(part) for part in error["loc"][:2]), "")
     where = f" (from {source})" if source and not source.startswith("--set") else ""
-    if error["type"] == "extra_forbidden":
+    if error["type"] in ("extra_forbidden", "invalid_key"):
         known = list(Config.model_fields) if len(error["loc"]) == 1 else list(describe())
         near = difflib.get_close_matches(place, known, n=1, cutoff=0.3)
         hint = f"; the nearest known one is {near[0]}" if near else ""
         return f"{shown(place)} is not a setting{where}{hint}; `tagmill show config` lists all"
-    expected = error["msg"].removeprefix("Value error, ").replace("Input should be ", "").replace("Input should ", "")
-    if error["type"] == "value_error":
-        return f"{place}: {expected}{where}"
-    return f"{place} is {shown(repr(error['input']))}; expected {expected}{where}{_meaning(place)}"
+    expected = re.sub(r"^\w+ should (be |have )?", "", error["msg"].removeprefix("Value error, "))
+    if error["type"] == "string_pattern_mismatch":
+        expected = "another form"
+    return f"{shown(place)} is {shown(repr(error['input']))}; expected {expected}{where}{_meaning(place)}"
 
 
 def _meaning(place):

@@ -7,7 +7,7 @@ import contextlib
 import io
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -62,8 +62,8 @@ def label_scatter(label_counts: pa.Table, dark: bool = False) -> bytes:
             bar.outline.set_visible(False)
             _log_axis(bar.ax, "y", cells.get_array())
         else:
-            style = {"s": 26, "alpha": 0.75} if x.size < 300 else {"s": 14, "alpha": 0.45}
-            axes.scatter(x, y, color=colours.blue, linewidths=0, clip_on=False, **style)
+            size, alpha = (26, 0.75) if x.size < 300 else (14, 0.45)
+            axes.scatter(x, y, s=size, alpha=alpha, color=colours.blue, linewidths=0, clip_on=False)
         _median(axes, x, y, colours)
         axes.set_xlim(low, high)
         axes.set_ylim(-0.04, 1.04)
@@ -213,7 +213,7 @@ def label_curve(
 @contextlib.contextmanager
 def _canvas(dark) -> Iterator[tuple[Figure, Palette]]:
     colours = DARK if dark else LIGHT
-    style = {
+    style: dict[Any, Any] = {
         "font.family": FONT,
         "font.size": 10.5,
         "axes.titlesize": 11.5,
@@ -271,7 +271,7 @@ def _log_axis(axes: Axes, side, values) -> tuple[float, float]:
         ticks = np.append(NONE, ticks[ticks >= 1])
     axes.set(**{f"{side}scale": "log"})
     axis = getattr(axes, f"{side}axis")
-    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_locator(FixedLocator(ticks.tolist()))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: "0" if value == NONE else _compact(value)))
     return float(steps[first]) / 1.12, float(steps[last]) * 1.12

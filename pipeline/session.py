@@ -8,6 +8,7 @@ import contextlib
 import functools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,13 @@ def session(cfg, app: str = "tagmill"):
         ) from error
     spark.sparkContext.setLogLevel("ERROR")
     return spark
+
+
+def active() -> bool:
+    """Whether this process has a Spark session already."""
+    from pyspark.sql import SparkSession
+
+    return SparkSession.getActiveSession() is not None
 
 
 def defaults(cfg, local: bool) -> dict[str, str]:
@@ -84,7 +92,7 @@ def retrying(master: str) -> str:
 
 def cores(master: str) -> int:
     """Cores of a local master; of a cluster nothing is known before it answers, so 8 is taken."""
-    match = re.match(r"local(?:\[(\*|\d+))?", master)
+    match = re.match(r"local(?:\[(\*|\d+)|$)", master)  # not local-cluster[2,1,1024]
     if not match:
         return 8
     return len(os.sched_getaffinity(0)) if match[1] == "*" else int(match[1] or 1)
@@ -138,7 +146,7 @@ def without_incubator(real: Path) -> Path:
             "#!/bin/bash\n"
             "args=()\n"
             f'for a in "$@"; do [ "$a" = "{INCUBATOR}" ] || args+=("$a"); done\n'
-            f'exec "{real}/bin/java" "${{args[@]}}"\n'
+            f'exec {shlex.quote(f"{real}/bin/java")} "${{args[@]}}"\n'
         )
         part.chmod(0o755)
         part.replace(java)

@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -45,6 +46,8 @@ def explained(path: object, what: str) -> Iterator[None]:
         message = f"cannot {what} {shown(error.filename or path, 300)}: {reason}"
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise PermissionError_(f"{message}; give write permission or choose another folder") from error
+        if error.errno == errno.ELOOP:
+            raise PermissionError_(f"{message}; a symbolic link stands where a file was expected: remove it") from error
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             raise InputError(message) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -95,7 +98,8 @@ def digest(path: Path) -> str:
 def write_part(folder: Path, name: str, table: pa.Table | Iterable[pa.Table], number: int) -> dict:
     """Write one Parquet part of the table `name`, atomically; the entry of its manifest comes back.
 
-    The bytes depend on the rows alone, so that it does not matter which of two attempts at a task wins.
+    The bytes depend on the rows and on the tables that they come in (a row group each), not on a table's chunks, so
+    that it does not matter which of two attempts at a task wins.
     """
     path = folder / f"{name}-{number:05d}.parquet"
     rows = 0
@@ -135,10 +139,12 @@ class Run:
         if not path.is_file():
             raise InputError(f"{self.root}: not a run folder (it has no run.json); make one with `tagmill fit`")
         info = _read_json(path)
-        if info.get("format", 0) > FORMAT:
+        _expect(path, info, format=int)
+        if info["format"] > FORMAT:
             raise ConfigError(
                 f"{path}: format {info['format']} is newer than this version reads ({FORMAT}); upgrade tagmill"
             )
+        _expect(path, info, config=dict, input=str)
         return info
 
     @property
@@ -146,14 +152,18 @@ class Run:
         return (self.root / "run.json").is_file()
 
     def create(self, info: dict) -> None:
-        """Make the folder, or accept an empty one, and write run.json."""
+        """Write run.json, which makes the folder a run."""
         write_json(self.root / "run.json", {"format": FORMAT, **info})
 
     def prepare(self) -> None:
         """Make the folder.  Refuses one that holds something else."""
         with explained(self.root, "create the run folder"):
+            if self.root.exists() and not self.root.is_dir():
+                raise ConfigError(f"{self.root}: is a file; expected a new or empty folder: choose another --run")
             self.root.mkdir(parents=True, exist_ok=True, mode=0o750)
-            foreign = [p.name for p in self.root.iterdir() if p.name != ".lock"] if not self.exists else []
+            # a run that was killed before its run.json stood leaves the lock and a temporary file: both are ours
+            ours = re.compile(r"\.lock|\.run\.json\.[0-9a-f]{8}\.tmp")
+            foreign = [p.name for p in self.root.iterdir() if not ours.fullmatch(p.name)] if not self.exists else []
         if foreign:
             raise ConfigError(
                 f"{self.root}: holds {len(foreign)} entries such as {shown(sorted(foreign)[0])} "
@@ -184,7 +194,11 @@ class Run:
     def manifest(self, stage: str) -> dict | None:
         """The manifest of a finished stage, or None."""
         path = self.root / stage / MANIFEST
-        return _read_json(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        manifest = _read_json(path)
+        _expect(path, manifest, stage=str, attempt=str, fingerprint=str, recipe=dict, tables=dict)
+        return manifest
 
     def finished(self, stage: str) -> dict:
         manifest = self.manifest(stage)
@@ -194,8 +208,8 @@ class Run:
 
     def damage(self, stage: str) -> str | None:
         """What is wrong with the files of a finished stage: the first that is missing or has changed."""
-        for folder, item in self._items(self.finished(stage)):
-            path = folder / item["file"]
+        manifest = self.finished(stage)
+        for path, item in (found for table in manifest["tables"] for found in self._items(manifest, table)):
             if not path.is_file():
                 return f"{path} is missing"
             if path.stat().st_size != item["bytes"] or digest(path) != item["sha256"]:
@@ -228,7 +242,7 @@ class Run:
             sync_folder(attempt)
             write_json(self.root / stage / MANIFEST, manifest)
             for other in (self.root / stage).iterdir():
-                if other.is_dir() and other != attempt:
+                if other.is_dir() and other.name != attempt.name:
                     shutil.rmtree(other, ignore_errors=True)
         return manifest
 
@@ -241,15 +255,8 @@ class Run:
 
     def files(self, table: str, verify: bool = False) -> list[Path]:
         """The files of a table, in order.  With `verify`, their SHA-256 is checked first: DataError names the file."""
-        manifest = self.finished(stage_of(table))
-        folder = self.root / manifest["stage"] / manifest["attempt"]
         paths = []
-        for item in manifest["tables"][table]:
-            path = (folder / item["file"]).resolve()
-            if not path.is_relative_to(self.root.resolve()):
-                raise DataError(
-                    f"{self.root}: the manifest of {manifest['stage']} names {shown(path)}, outside of the run"
-                )
+        for path, item in self._items(self.finished(stage_of(table)), table):
             if verify and (not path.is_file() or digest(path) != item["sha256"]):
                 raise DataError(f"{path}: missing or changed since it was written; run the same `tagmill fit` again")
             paths.append(path)
@@ -260,19 +267,42 @@ class Run:
         schema = TABLES[table].schema
         if columns is not None:
             schema = pa.schema([schema.field(name) for name in columns])
-        parts = [pq.ParquetFile(path).read(columns=columns) for path in self.files(table, verify)]
-        return pa.concat_tables([schema.empty_table(), *(part.cast(schema) for part in parts)])
+        parts = [_read_parquet(path, columns).cast(schema) for path in self.files(table, verify)]
+        return pa.concat_tables([schema.empty_table(), *parts])
 
-    def _items(self, manifest: dict) -> Iterator[tuple[Path, dict]]:
+    def _items(self, manifest: dict, table: str) -> Iterator[tuple[Path, dict]]:
+        """The files that a manifest names for a table, with their entries; none is outside of the run folder."""
         folder = self.root / manifest["stage"] / manifest["attempt"]
-        for items in manifest["tables"].values():
-            for item in items:
-                yield folder, item
+        place = f"{self.root}: the manifest of {shown(manifest['stage'])}"
+        _expect(place, manifest["tables"], **{table: list})
+        for item in manifest["tables"][table]:
+            _expect(place, item, file=str, bytes=int, sha256=str, rows=int)
+            path = Path(os.path.realpath(folder / item["file"].replace("\0", "\\0")))
+            if not path.is_relative_to(self.root.resolve()):
+                raise DataError(f"{place} names {shown(path, 300)}, outside of the run")
+            yield path, item
 
 
 def stages_done(run: Run) -> list[str]:
     """Names of the finished stages of the fit flow, in its order."""
     return [stage.name for stage in FIT if run.manifest(stage.name) is not None]
+
+
+def _expect(place, value, **kinds):
+    """Refuse a file of ours that someone changed: every key of `kinds` is there, and of its kind."""
+    wrong = [k for k, kind in kinds.items() if not isinstance(value, dict) or not isinstance(value.get(k), kind)]
+    if wrong:
+        expected = ", ".join(f"{shown(key)} ({kinds[key].__name__})" for key in wrong)
+        raise DataError(f"{place}: expected {expected}; it was changed by hand or damaged: remove the folder")
+
+
+def _read_parquet(path, columns):
+    try:
+        return pq.ParquetFile(path).read(columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            raise  # the disk's fault, not the file's
+        raise DataError(f"{path}: missing or not readable as Parquet ({shown(error, 200)})") from error
 
 
 def _read_json(path: Path) -> dict:

@@ -32,7 +32,7 @@ from pipeline.errors import ConfigError, DataError, InputError, ServiceError, Ta
 from pipeline.flow import FIT
 from pipeline.store import Run, digest, explained
 
-FINGERPRINT, SHA256, ALIAS = "tagmill.fingerprint", "tagmill.sha256", "tagmill.alias"
+FINGERPRINT, SHA256, ALIAS = "tagmill.fingerprint", "tagmill.sha256", "tagmill.alias_given"
 MODEL = "tagger"  # name of the model inside an MLflow run, and of the bundle folder inside the model
 TABLE_LABELS = 1_000  # labels of the table that the UI shows
 PARAMS_AT_ONCE = 100  # the store's limit for one batch
@@ -268,7 +268,7 @@ def send(run: Run, cfg: Config) -> dict:
         run_id = _sent(client, experiment_id, fingerprint) or _send_run(client, experiment_id, run, cfg)
         version = _version(client, run_id, run, cfg.mlflow)
         if cfg.mlflow.alias and version.tags.get(ALIAS) != cfg.mlflow.alias:
-            # the tag says that it has been ours: an alias that somebody moved since is left where it is
+            # the tag says that it has been given once: an alias that somebody moved since is left where it is
             client.set_registered_model_alias(version.name, cfg.mlflow.alias, version.version)
             client.set_model_version_tag(version.name, version.version, ALIAS, cfg.mlflow.alias)
     return {
@@ -421,15 +421,15 @@ def _largest(counts):
     columns = [
         "label",
         "support",
-        "train_support",
+        "f1",
         "precision",
         "recall",
-        "f1",
-        "average_precision",
         "tp",
         "fp",
         "fn",
         "threshold",
+        "train_support",
+        "status",
     ]
     order = [("support", "descending"), ("train_support", "descending"), ("label_id", "ascending")]
     return counts.sort_by(order).select(columns).slice(0, TABLE_LABELS).to_pandas().round(4)
@@ -581,6 +581,6 @@ def _what_exists(client, name):
         listed = ", ".join(str(version.version) for version in versions[:5])
         aliases = client.get_registered_model(name).aliases.items()
         named = ", ".join(f"{alias} (version {version})" for alias, version in aliases) or "none"
-        return f"{shown(name)} has the versions {listed}; aliases: {named}"
+        return f"versions of {shown(name)}: {listed}; aliases: {named}"
     names = ", ".join(shown(model.name) for model in client.search_registered_models(max_results=5))
     return f"registered: {names}" if names else "none is registered there: `tagmill register RUN` does it"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.config import VOLATILE, flat
 from pipeline.errors import DataError
 from pipeline.kernels import ranking
 from pipeline.learners import judge
@@ -151,9 +152,8 @@ def stage_rows(run: Run) -> list[dict]:
 
 
 def settings(cfg) -> dict[str, object]:
-    from pipeline.config import flat
-
-    return flat(cfg)
+    """The settings that decide a result; where work ran and was reported (and may hold credentials) is left out."""
+    return {key: value for key, value in flat(cfg).items() if key.split(".")[0] not in VOLATILE}
 
 
 def corpus_facts(run: Run) -> dict:

@@ -196,6 +196,10 @@ def test_characters_that_do_not_show_are_escaped(quick, text):
     assert f"U+{ord(hidden):04X}" in Page(page).text
 
 
+def test_title_of_the_window_is_plain_text(quick):
+    assert "<title>a&lt;b&gt;U+202E: Tagmill report</title>" in rendered(title="a<b>\u202e")
+
+
 def test_bidi_in_a_label_is_escaped(quick):
     page = rendered(label_counts=label_counts(["abc\u202egnp.exe", "b"]))
     assert "\u202e" not in page
@@ -279,7 +283,7 @@ def test_rows_are_the_most_frequent_then_the_worst_of_the_others():
     rng = np.random.default_rng(0)
     table = label_counts([str(i) for i in range(n)])
     support = rng.integers(0, 50, n)
-    f1 = np.where(support > 0, rng.integers(0, 9, n) / 8, np.nan)
+    f1 = np.where(support > 0, rng.integers(0, 9, n) / 8, rng.choice([0.0, np.nan], n))  # 0: tagged, never gold
     table = table.set_column(5, "support", pa.array(support)).set_column(9, "f1", pa.array(f1, from_pandas=True))
     frequent, lowest = report.label_rows(table)
     assert len(frequent) == report.FREQUENT

@@ -234,6 +234,23 @@ def test_a_fetched_model_tags_like_the_run(sent, tmp_path, form):
     assert said == set(LABELS[1:])  # all names but that of the label without a threshold
 
 
+def test_the_registered_model_can_be_served(sent, monkeypatch):
+    import importlib.metadata
+
+    import mlflow
+    import pandas as pd
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", sent.cfg.mlflow.tracking_uri)
+    said = mlflow.pyfunc.load_model("models:/tagmill@champion").predict(pd.DataFrame({"text": TEXTS}))
+    [card] = sent.store.rglob("tagger.json")
+    expected = tags_of(card.parent)["tags"].to_pylist()
+    for column, field in {"tags": "label", "probabilities": "probability", "scores": "score"}.items():
+        assert said[column].tolist() == [[tag[field] for tag in row] for row in expected]
+    pinned = card.parents[2].joinpath("requirements.txt").read_text().split()
+    assert f"numba=={importlib.metadata.version('numba')}" in pinned and all("==" in line for line in pinned)
+
+
 def test_a_changed_byte_is_found(sent, tmp_path):
     folder, _ = tracking.fetch_model("models:/tagmill/1", sent.cfg.mlflow, tmp_path)
     for path in sorted(folder.glob("*.*")):
@@ -261,8 +278,8 @@ def test_a_model_that_was_exchanged_is_refused(sent, tmp_path):
 @pytest.mark.parametrize(
     ("uri", "told"),
     [
-        ("models:/tagmill/9", "tagmill has the versions 1; aliases: champion \\(version 1\\)"),
-        ("models:/tagmill@other", "tagmill has the versions 1"),
+        ("models:/tagmill/9", "versions of tagmill: 1; aliases: champion \\(version 1\\)"),
+        ("models:/tagmill@other", "versions of tagmill: 1"),
         ("models:/absent/1", "registered: tagmill"),
         ("models:/m-" + "0" * 32, "registered: tagmill"),
         ("runs:/" + "0" * 32, "registered: tagmill"),
@@ -418,7 +435,7 @@ def test_wrong_credentials(sent, status):
 
 def test_a_store_that_cannot_be_used(sent, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="cannot open the MLflow store .*/file"):
+    with pytest.raises(StorageError, match=r"cannot open the MLflow store .*/file"):
         tracking.send(sent.run, settings(f"mlflow.tracking_uri=sqlite:///{tmp_path}/file/mlflow.db"))
     (tmp_path / "other.db").write_text("no database, but long enough to be taken for one" * 100)
     with pytest.raises(ServiceError, match="not a database"):

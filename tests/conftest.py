@@ -1,0 +1,56 @@
+"""Fixtures: the toy corpus, one Spark session per process, the folder of real corpora."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+TOY = Path(__file__).parent / "corpus" / "documents.jsonl"
+
+# nothing that a test does reaches the user's own MLflow store or run folders
+SMALL = ("train.labels_per_block=2", "mlflow.enabled=false", "spark.master=local[2]", "spark.driver_memory=1g")
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("TAGMILL_HOME", str(tmp_path_factory.getbasetemp() / "home"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="session")
+def toy() -> Path:
+    return TOY
+
+
+@pytest.fixture(scope="session")
+def spark(tmp_path_factory):
+    """One local session for all tests of this process; jobs use it and leave it running."""
+    from pipeline import config
+    from pipeline.session import session
+
+    cfg, _ = config.load(sets=SMALL)
+    spark = session(cfg.spark, "tests")
+    yield spark
+    spark.stop()
+
+
+@pytest.fixture
+def fit(spark, tmp_path):
+    """fit(input, *sets, run=...) -> Run: a fit in this process, with small settings."""
+    from jobs import entry
+    from pipeline import config
+
+    def call(path, *sets, run=None, overwrite=False):
+        cfg, _ = config.load(sets=[*SMALL, *sets])
+        return entry.fit(str(run or tmp_path / "run"), str(path), cfg, overwrite)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real corpora; without TAGMILL_DATA the test is skipped and says so."""
+    folder = os.environ.get("TAGMILL_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("TAGMILL_DATA is not set to a folder of corpora")
+    return Path(folder)
