@@ -277,7 +277,7 @@ class Run:
         _expect(place, manifest["tables"], **{table: list})
         for item in manifest["tables"][table]:
             _expect(place, item, file=str, bytes=int, sha256=str, rows=int)
-            path = Path(os.path.realpath(folder / item["file"].replace("\0", "\\0")))
+            path = Path(os.path.realpath(str(folder / item["file"]).replace("\0", "\\0")))
             if not path.is_relative_to(self.root.resolve()):
                 raise DataError(f"{place} names {shown(path, 300)}, outside of the run")
             yield path, item
@@ -307,10 +307,10 @@ def _read_parquet(path, columns):
 
 def _read_json(path: Path) -> dict:
     with explained(path, "read"):
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     try:
-        value = json.loads(text)
-    except ValueError as error:
+        value = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: not JSON ({error}); the file was changed by hand or damaged: remove the folder"
         ) from error

@@ -75,6 +75,12 @@ def sweep(indptr, indices, data, squares, sign, c_pos, c_neg, rows, W, A, steps)
     widest = maximum(cp, cn)
     bias_at = W.size - LANES
     bias = load(W, bias_at)
+    # where the exponential rules, a step of Newton brings t about 1 nearer to a root that may be log(q C) away; with too
+    # few steps a row with a large C overshoots on every visit and never settles
+    farthest = np.log(np.float64(largest(widest)) * squares.max()) if squares.size else 0.0
+    newton = 2
+    while newton < 40 and newton + 2 < farthest:
+        newton += 1
     for visit in range(rows.size):
         i = rows[visit]
         start, stop = indptr[i], indptr[i + 1]
@@ -88,7 +94,7 @@ def sweep(indptr, indices, data, squares, sign, c_pos, c_neg, rows, W, A, steps)
         right = minimum(maximum(mul(fma(qc, half, base), big), zero), one)
         low, high = mul(sub(right, one), big), mul(right, big)
         t = minimum(maximum(margin, low), high)
-        for _ in range(2):
+        for _ in range(newton):
             g = sigmoid(sub(zero, t))
             h = sub(sub(t, base), mul(qc, g))
             slope = fma(mul(qc, g), sub(one, g), one)

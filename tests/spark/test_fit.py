@@ -97,9 +97,7 @@ def test_spark_trains_what_the_learner_trains(golden):
     gold = golden.read("documents").take(kept)["labels"].to_pylist()
     rows = [[i for i, labels in enumerate(gold) if name in labels] for name in names]
     X = Rows(indptr, indices, values, squares, golden.manifest("featurize")["terms"])
-    Y = Gold(
-        np.cumsum([0, *map(len, rows)]), np.concatenate([*rows, []]).astype(np.int32), fold[kept].astype(np.int8)
-    )
+    Y = Gold(np.cumsum([0, *map(len, rows)]), np.concatenate([*rows, []]).astype(np.int32), fold[kept].astype(np.int8))
     support = golden.read("label_support")["train"].to_numpy()
     parts = [fit_block(block, X, Y, cfg.train) for block in blocks(support, cfg.train.labels_per_block)]
     for name in ("label_models", "curves", "histograms"):
@@ -117,7 +115,9 @@ def test_features_equal_scikit_learn(golden):
     )
     terms = golden.read("vocabulary").sort_by("feature_id")["term"].to_pylist()
     assert sorted(terms) == sorted(reference.vocabulary_)
-    expected = reference.transform([d["text"] for d in documents]).toarray()[:, [reference.vocabulary_[t] for t in terms]]
+    expected = reference.transform([d["text"] for d in documents]).toarray()[
+        :, [reference.vocabulary_[t] for t in terms]
+    ]
     found = np.zeros_like(expected)
     for row in golden.read("features").to_pylist():
         found[row["row"], row["indices"]] = row["values"]

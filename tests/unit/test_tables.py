@@ -38,7 +38,9 @@ def test_no_column_is_null_unless_reviewed():
 
 
 def test_conform_casts_and_orders():
-    table = pa.table({"support": pa.array([3, 2], pa.int32()), "label": ["a", "b"], "label_id": [0, 1], "extra": [1, 2]})
+    table = pa.table(
+        {"support": pa.array([3, 2], pa.int32()), "label": ["a", "b"], "label_id": [0, 1], "extra": [1, 2]}
+    )
     found = conform(table, "labels")
     assert found.schema.equals(TABLES["labels"].schema)
     assert found.to_pydict() == {"label_id": [0, 1], "label": ["a", "b"], "support": [3, 2]}
