@@ -61,7 +61,7 @@ def examples(run: Run) -> None:
         gold = set(example["gold"])
         said = [(tag["label"], tag["probability"]) for tag in example["tags"]]
         out.print(Text(f"\n{shown(example['doc_id'], 100)}"), style="bold")
-        out.print(Text(f"  {shown(example['text'], 240)}"))
+        out.print(Text(f"  {shown(' '.join(example['text'].split()), 240)}"))
         out.print(Text(f"  gold  {', '.join(sorted(shown(g, 40) for g in gold))}"))
         marks = [f"{'+' if label in gold else '-'}{shown(label, 40)} {p:.2f}" for label, p in said]
         marks += [f".{shown(label, 40)}" for label in sorted(gold - {label for label, _ in said})]

@@ -334,7 +334,7 @@ def translated(error: BaseException) -> TagmillError | None:
     text = str(error)
     match = re.search(r"pipeline\.errors\.(\w+): (.+)", text)
     family = getattr(errors, match[1], None) if match else None
-    if match and isinstance(family, type) and issubclass(family, TagmillError):
+    if match and isinstance(family, type):
         return family(match[2].strip())
     match = re.search(
         r"(?:OSError|PermissionError|FileNotFoundError): \[Errno (\d+)\] ([^:\n]+)(?:: '([^'\n]+)')?", text
@@ -350,7 +350,9 @@ def translated(error: BaseException) -> TagmillError | None:
 
 
 def _our_bug(error):
-    with tempfile.NamedTemporaryFile("w", prefix="tagmill-", suffix=".traceback", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="tagmill-", suffix=".traceback", delete=False, encoding="utf-8", errors="backslashreplace"
+    ) as file:
         traceback.print_exception(error, file=file)
     first = one_line(error)[:200] or type(error).__name__
     print(

@@ -73,7 +73,7 @@ def expected_calibration_error(Y, P, bins):
 
 def logistic_objective(X, y, c, w):
     """1/2 |w|^2 + sum_i c_i log(1 + exp(-y_i w.x_i)); X (n, d) dense with the bias column, y -1 or +1."""
-    return w @ w / 2 + sum(ci * np.logaddexp(0.0, -yi * (x @ w)) for x, yi, ci in zip(X, y, c, strict=True))
+    return w @ w / 2 + np.sum(c * np.logaddexp(0.0, -y * (X @ w)))
 
 
 def logistic_optimum(X, y, c):

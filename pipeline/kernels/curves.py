@@ -56,8 +56,9 @@ def histogram(scores, positive):
     """Positives and negatives per bin, (1024,) int64 each.  Bin b holds scores in [-16 + b/32, -16 + (b+1)/32)."""
     positives, negatives = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
     for i in range(scores.size):
-        # clamped as a float: a huge score does not fit an integer
-        b = int(min(max((np.float64(scores[i]) - LOW) / WIDTH, 0.0), BINS - 1.0))
+        # floor before the shift, which would round a score just below an edge up; clamped as a float: a huge score
+        # does not fit an integer
+        b = int(min(max(np.floor(np.float64(scores[i]) / WIDTH) - LOW / WIDTH, 0.0), BINS - 1.0))
         if positive[i]:
             positives[b] += 1
         else:

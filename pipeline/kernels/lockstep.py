@@ -75,8 +75,8 @@ def sweep(indptr, indices, data, squares, sign, c_pos, c_neg, rows, W, A, steps)
     widest = maximum(cp, cn)
     bias_at = W.size - LANES
     bias = load(W, bias_at)
-    # where the exponential rules, a step of Newton brings t about 1 nearer to a root that may be log(q C) away; with too
-    # few steps a row with a large C overshoots on every visit and never settles
+    # where the exponential rules, a step of Newton brings t about 1 nearer to a root that may be log(q C) away; with
+    # too few steps a row with a large C overshoots on every visit and never settles
     farthest = np.log(np.float64(largest(widest)) * squares.max()) if squares.size else 0.0
     newton = 2
     while newton < 40 and newton + 2 < farthest:

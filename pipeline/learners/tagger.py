@@ -123,12 +123,16 @@ class Tagger(NamedTuple):
     def load(cls, folder: str | Path) -> "Tagger":
         """From a folder written by `save`.  Raises DataError for a changed file, ConfigError for a newer format."""
         folder = Path(folder)
-        card = json.loads((folder / "tagger.json").read_text(encoding="utf-8"))
-        if card["format"] > FORMAT:
+        try:
+            card = json.loads((folder / "tagger.json").read_text(encoding="utf-8"))
+            version, settings, digests = int(card["format"]), card["settings"], card["sha256"].items()
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{folder / 'tagger.json'}: not the card of a tagger; fetch the model again") from error
+        if version > FORMAT:
             raise ConfigError(
-                f"{folder}: format {card['format']} is newer than this version reads ({FORMAT}); upgrade tagmill"
+                f"{folder}: format {version} is newer than this version reads ({FORMAT}); upgrade tagmill"
             )
-        for name, expected in card["sha256"].items():
+        for name, expected in digests:
             if Path(name).name != name or not (folder / name).is_file() or sha256(folder / name) != expected:
                 raise DataError(
                     f"{folder / name}: missing or changed since the model was written; fetch the model again"
@@ -138,7 +142,7 @@ class Tagger(NamedTuple):
             pq.read_table(folder / "labels.parquet"),
             pq.read_table(folder / "thresholds.parquet"),
             Weights.load(folder),
-            card["settings"],
+            settings,
         )
 
     @classmethod

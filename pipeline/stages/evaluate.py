@@ -18,7 +18,6 @@ from pipeline.errors import DataError
 from pipeline.kernels import ranking
 from pipeline.learners import judge
 from pipeline.learners.tagger import Decisions, Weights
-from pipeline.report import render
 from pipeline.stages.parts import Outcome, run_tasks
 from pipeline.stages.split import TEST
 from pipeline.store import Run, entry, replacing, write_bytes, write_part
@@ -79,6 +78,8 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
     }
     write_bytes(attempt / "metrics.json", (json.dumps(card, indent=1) + "\n").encode())
     examples = [example for _, _, part in first for example in part][:5]
+    from pipeline.report import render  # plots are slow to import, and the workers that load this module draw none
+
     page = render(
         title=run.root.name,
         metrics=card,

@@ -1,4 +1,4 @@
-"""Bad input gets a clear answer, and nothing is lost: a counted reject, or one line and the exit code of the contract."""
+"""Bad input gets a clear answer and nothing is lost: a counted reject, or one line and its exit code."""
 
 import json
 

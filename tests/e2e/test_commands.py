@@ -1,5 +1,6 @@
 """The README's promises, through the command as a user types it, from another working directory."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -72,7 +73,7 @@ def test_tag_with_the_run_and_with_the_registered_model_say_the_same(place, toy)
     assert [list(t) for t in mine["tags"]] == [list(t) for t in theirs["tags"]]
     for tags in mine["tags"]:
         assert list(tags[0]) == ["label", "score", "probability", "threshold"] if len(tags) else True
-        assert all(a["probability"] >= b["probability"] for a, b in zip(tags, tags[1:], strict=False))
+        assert all(a["probability"] >= b["probability"] for a, b in itertools.pairwise(tags))
         assert all(tag["score"] >= tag["threshold"] and 0 < tag["probability"] < 1 for tag in tags)
     assert sum(map(len, mine["tags"])) > 20
     # nothing is left of the work, and the same command again does nothing
@@ -174,4 +175,4 @@ def test_one_stage_at_a_time_as_a_scheduler_runs_it(tmp_path, toy):
     assert "split is not finished" in stage("featurize", expect=66).stderr
     for name in ("split", "featurize"):
         stage(name)
-    assert json.loads((run / "featurize" / "MANIFEST.json").read_text())["terms"] > 30
+    assert json.loads((run / "featurize" / "MANIFEST.json").read_text())["terms"] > 20

@@ -24,7 +24,7 @@ from pipeline.errors import (
     TagmillError,
 )
 from pipeline.flow import FIT
-from pipeline.store import Run
+from pipeline.store import Run, fingerprint
 
 ROOT = Path(entry.__file__).parents[1]
 STAGES = {stage.name: stage for stage in FIT}
@@ -53,7 +53,8 @@ def program(body, prelude="", **kwargs):
     text += "".join(f"    {line}\n" for line in body.splitlines()) + "raise SystemExit(guarded(command))\n"
     return subprocess.Popen(
         [sys.executable, "-c", text],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # unbuffered output would hide what is written at the very end
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -285,36 +286,60 @@ def job(tmp_path):
 FILES = [("/a", 3, "sha-a"), ("/b", 4, "sha-b"), ("/c", 4, "sha-b")]
 
 
-def test_the_recipe_of_ingest_follows_the_content_of_its_files_and_not_their_order_or_names(job):
-    recipe = job.recipe(STAGES["ingest"], FILES)
-    assert recipe == job.recipe(STAGES["ingest"], FILES[::-1])
-    assert recipe == job.recipe(STAGES["ingest"], iter([(f"/moved{name}", n, mark) for name, n, mark in FILES]))
-    for other in ([*FILES[:2]], [*FILES, FILES[0]], [("/a", 3, "sha-x"), *FILES[1:]], []):
-        assert recipe != job.recipe(STAGES["ingest"], other)
+def test_recipes_follow_the_content_of_the_files_and_not_their_order_or_names(job):
+    recipes = job.recipes(FILES)
+    assert recipes == job.recipes(FILES[::-1])
+    assert recipes == job.recipes(iter([(f"/moved{name}", n, mark) for name, n, mark in FILES]))
+    for other in (FILES[:2], [*FILES, FILES[0]], [("/a", 3, "sha-x"), *FILES[1:]], []):
+        assert recipes != job.recipes(other)
 
 
-def test_a_change_far_upstream_reaches_every_stage_below(job):
-    def marks(value):
-        found = {}
-        for stage in FIT:
-            recipe = job.recipe(stage, [("/a", 1, value)])
-            attempt = job.run.attempt(stage.name)
-            found[stage.name] = job.run.commit(stage.name, attempt, recipe, {}, {})["fingerprint"]
-        return found
+def marks(job, files=FILES):
+    return {name: fingerprint(recipe) for name, recipe in job.recipes(files).items()}
 
-    before, after = marks("one"), marks("two")
+
+def test_another_document_changes_every_stage(job):
+    before, after = marks(job), marks(job, [*FILES, ("/d", 1, "sha-d")])
+    assert set(before) == set(STAGES)
     assert all(before[name] != after[name] for name in STAGES)
-    assert marks("one") == before
+
+
+@pytest.mark.parametrize(
+    ("item", "same"),
+    [
+        ("input.doc_id=id", []),
+        ("split.seed=3", ["ingest"]),
+        ("featurize.min_df=7", ["ingest", "split"]),
+        ("train.C=3", ["ingest", "split", "featurize"]),
+        ("calibrate.rule=fixed", ["ingest", "split", "featurize", "train"]),
+        ("mlflow.alias=other", ["ingest", "split", "featurize", "train", "calibrate", "evaluate"]),
+        ("spark.partitions=3", list(STAGES)),
+        ("tag.max_tags=3", list(STAGES)),
+    ],
+)
+def test_a_setting_changes_its_stage_and_all_that_build_on_it(job, item, same):
+    before = marks(job)
+    after = marks(Job(job.run, load(sets=[item])[0]))
+    assert [name for name in STAGES if before[name] == after[name]] == same
 
 
 def test_a_recipe_names_stage_settings_inputs_and_code(job):
-    recipe = job.recipe(STAGES["calibrate"])
-    assert recipe == {
+    recipes = job.recipes(FILES)
+    assert recipes["ingest"]["inputs"] == {"files": ["sha-a", "sha-b", "sha-b"]}
+    assert recipes["calibrate"] == {
         "stage": "calibrate",
         "settings": stage_settings("calibrate", job.cfg),
-        "inputs": {"ingest": None, "train": None},
+        "inputs": {name: fingerprint(recipes[name]) for name in ("ingest", "train")},
         "code": code_version(),
     }
+
+
+def test_a_single_stage_builds_on_what_was_ingested(job):
+    with pytest.raises(InputError, match="stage ingest is not finished"):
+        job.recipes(None)
+    recipes = job.recipes(FILES)
+    job.run.commit("ingest", job.run.attempt("ingest"), recipes["ingest"], {}, {})
+    assert job.recipes(None) == recipes
 
 
 def test_settings_of_a_stage_are_its_own_without_limits():

@@ -126,7 +126,7 @@ def test_what_is_no_java_has_version_0(tmp_path, monkeypatch):
     assert java_version(tmp_path / "text") == 0
 
 
-OLD, FIT, NEW = ('openjdk version "%d.0.1"' % number for number in (11, 17, 21))
+OLD, FIT, NEW = (f'openjdk version "{number}.0.1"' for number in (11, 17, 21))
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_each_lane_has_its_own_C():
 
 
 def test_sums_equal_numpy_in_float64():
-    X, y = problem()
+    X, _ = problem()
     rng = np.random.default_rng(4)
     sign = rng.integers(-1, 2, (X.size, LANES)).astype(np.int8)
     c_pos, c_neg = rng.uniform(0.5, 5, (2, LANES)).astype(np.float32)
@@ -251,7 +251,7 @@ def test_degenerate_problems_are_solved(case, C):
     assert np.isfinite(solution.W).all()
 
 
-@pytest.mark.parametrize("C", [20.0, 50.0, 200.0, 1e3, 1e4])
+@pytest.mark.parametrize("C", [20.0, 30.0, 50.0, 200.0, 1e3])
 def test_a_large_C_needs_few_sweeps_where_the_classes_are_apart(C):
     """A row that overshoots its optimum on every visit never settles; from C = 30 on two Newton steps are too few."""
     X, _ = problem(n=60)

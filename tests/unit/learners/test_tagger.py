@@ -152,7 +152,9 @@ def test_no_rows_and_no_labels():
 
 
 def test_decisions_go_by_label_id_and_null_is_never():
-    table = pa.table({"label_id": [2, 0, 1], "threshold": [0.5, None, -1.0], "a": [3.0, 1.0, 2.0], "b": [6.0, 4.0, 5.0]})
+    table = pa.table(
+        {"label_id": [2, 0, 1], "threshold": [0.5, None, -1.0], "a": [3.0, 1.0, 2.0], "b": [6.0, 4.0, 5.0]}
+    )
     found = Decisions.from_table(table)
     assert_array_equal(found.threshold, [np.inf, -1, 0.5])
     assert_array_equal([found.a, found.b], [[1, 2, 3], [4, 5, 6]])
@@ -169,12 +171,9 @@ def folder(tmp_path):
     counted = counted.filter(pa.array([t not in ("nothing", "known", "zzz") for t in counted["term"].to_pylist()]))
     vocabulary = choose_terms(counted, len(TEXTS), FeaturizeConfig(min_df=1))
     assert vocabulary.num_rows <= FEATURES
-    rows = [
-        {**row, "weights": row["weights"] * keep, "indices": row["indices"]}
-        for row in model_rows(2)
-        for keep in [np.float32(1)]
-    ]
-    labels = pa.table({"label_id": range(LABELS), "label": [f"label {k}" for k in range(LABELS)], "support": [1] * LABELS})
+    labels = pa.table(
+        {"label_id": range(LABELS), "label": [f"label {k}" for k in range(LABELS)], "support": [1] * LABELS}
+    )
     thresholds = pa.table(
         {
             "label_id": pa.array(range(LABELS), pa.int32()),
@@ -183,7 +182,7 @@ def folder(tmp_path):
             "b": np.linspace(-1, 1, LABELS),
         }
     )
-    weight_files, _ = built(tmp_path / "run", rows, [[3, 4, 5, 6, 7, 8], [0, 1, 2]])
+    weight_files, _ = built(tmp_path / "run", model_rows(2), [[3, 4, 5, 6, 7, 8], [0, 1, 2]])
     saved = tmp_path / "tagger"
     saved.mkdir()
     save(saved, vocabulary, labels, thresholds, weight_files, SETTINGS)
@@ -270,6 +269,13 @@ def test_every_file_of_the_tagger_is_checked(folder):
 def with_card(folder, **changes):
     card = json.loads((folder / "tagger.json").read_text())
     (folder / "tagger.json").write_text(json.dumps({**card, **changes}))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 1}', "\x00"])
+def test_a_damaged_card_is_refused(folder, content):
+    (folder / "tagger.json").write_text(content)
+    with pytest.raises(DataError, match=r"tagger\.json"):
+        Tagger.load(folder)
 
 
 def test_a_newer_format_is_refused(folder):
