@@ -20,7 +20,7 @@ from pipeline import errors, sources
 from pipeline.config import Config
 from pipeline.errors import ConfigError, TagmillError, shown
 from pipeline.flow import FIT, Stage, upstream
-from pipeline.store import Run, explained, fingerprint, write_json
+from pipeline.store import Run, explained, fingerprint, stages_done, write_json
 
 log = logging.getLogger("tagmill")
 
@@ -34,7 +34,7 @@ SETTINGS = {
     "evaluate": ("evaluate",),
     "register": ("mlflow.experiment", "mlflow.model", "mlflow.alias"),
 }
-LIMITS = ("ingest.max_rejected", "ingest.max_labels", "train.max_failed")  # stop a run, change no result
+LIMITS = configuration.LIMITS
 
 
 class Job:
@@ -58,7 +58,10 @@ class Job:
 
     def stop(self) -> None:
         if self._spark is not None and self._ours:
-            self._spark.stop()
+            try:
+                self._spark.stop()
+            except Exception as error:  # the JVM is gone, or a signal cut a call to it short; it ends with this process
+                log.debug("spark: did not stop cleanly: %s", error)
         self._spark = None
 
     def recipes(self, files: Iterable[tuple[str, int, str]] | None) -> dict[str, dict]:
@@ -143,7 +146,8 @@ def _settle(job, info, input_path, overwrite):
     """Write run.json, or check that the one there says the same."""
     config = job.cfg.model_dump(mode="json")
     location = input_path if input_path.startswith("table:") else os.path.abspath(input_path.removeprefix("file://"))
-    if info is not None and not overwrite:
+    # a run that has finished no stage yet, say because too much was rejected, may be begun again with other settings
+    if info is not None and not overwrite and stages_done(job.run):
         other = configuration.differences(info["config"], config)
         if other:
             raise ConfigError(
@@ -325,6 +329,10 @@ def translated(error: BaseException) -> TagmillError | None:
     """Our error behind an exception: itself, the operating system's, or one that a Spark worker reported as text."""
     if isinstance(error, TagmillError):
         return error
+    if isinstance(error, ConnectionError) or type(error).__name__ == "Py4JNetworkError":
+        return errors.ServiceError(
+            "Spark's JVM has gone (killed, or out of memory); run the same command again to go on"
+        )
     if isinstance(error, OSError):
         try:
             with explained(error.filename or "a file", "use"):
@@ -341,6 +349,8 @@ def translated(error: BaseException) -> TagmillError | None:
     )
     if match:
         return translated(OSError(int(match[1]), match[2], match[3]))
+    if "SparkContext was shut down" in text or "Answer from Java side is empty" in text:
+        return translated(ConnectionError())
     match = re.search(r"java\.io\.IOException: (No space left on device)", text)
     if match:
         return errors.StorageError(

@@ -217,6 +217,9 @@ class Config(Section):
 # sections that say where work runs and is reported: they may change between a run and its resumption
 VOLATILE = ("spark", "mlflow", "tag")
 
+# settings that may stop a run and change no result
+LIMITS = ("ingest.max_rejected", "ingest.max_labels", "train.max_failed")
+
 Origins = dict[str, str]  # "train.C" -> where its value came from
 
 
@@ -252,12 +255,12 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def differences(before: dict, after: dict) -> list[str]:
-    """Settings that differ and may not: "train.C is 1.0, 10.0 in the run".  Volatile sections may differ."""
+    """Settings that differ and may not: "train.C is 1.0, 10.0 in the run".  Volatile sections and limits may."""
     old, new = (flat(Config.model_validate(c)) for c in (before, after))
     return [
         f"{key} is {new[key]!r}, {old[key]!r} in the run"
         for key in new
-        if old[key] != new[key] and key.split(".")[0] not in VOLATILE
+        if old[key] != new[key] and key.split(".")[0] not in VOLATILE and key not in LIMITS
     ]
 
 

@@ -130,7 +130,7 @@ def _sources() -> Iterator[tuple[str, str, Path]]:
         spec = importlib.util.find_spec(name)
         if spec is None:
             continue
-        places = sorted(spec.submodule_search_locations or [spec.origin])
+        places = sorted(spec.submodule_search_locations or [spec.origin or ""])
         for module, file in _modules(name, *map(Path, places)):
             yield name, module, file
 
@@ -191,12 +191,14 @@ def _members(node: ast.AST, library: str, module: str, owners: tuple[str, ...]) 
         if child.name.startswith("_"):
             continue
         path = (*owners, child.name)
-        is_class = isinstance(child, ast.ClassDef)
         text = ast.get_docstring(child)
         if text:
-            labels = _class_labels(child) if is_class else _function_labels(child, inside_class=bool(owners))
+            if isinstance(child, ast.ClassDef):
+                labels = _class_labels(child)
+            else:
+                labels = _function_labels(child, inside_class=bool(owners))
             yield _found(text, library, module, path, labels)
-        if is_class:
+        if isinstance(child, ast.ClassDef):
             yield from _members(child, library, module, path)
 
 
@@ -355,9 +357,9 @@ def _as_table(found: Iterable[Found], min_support: int = MIN_SUPPORT, min_librar
         by_text.setdefault(by_id[doc_id].text, by_id[doc_id])
     documents = list(by_text.values())
     topics = _topics(documents, min_libraries)
-    labels = [d.labels | {topics[word] for word in d.words if word in topics} for d in documents]
-    support = Counter(label for of_one in labels for label in of_one)
-    labels = [sorted(label for label in of_one if support[label] >= min_support) for of_one in labels]
+    labels_of = [d.labels | {topics[word] for word in d.words if word in topics} for d in documents]
+    support = Counter(label for of_one in labels_of for label in of_one)
+    labels = [sorted(label for label in of_one if support[label] >= min_support) for of_one in labels_of]
     return pa.table([[d.doc_id for d in documents], [d.text for d in documents], labels], schema=SCHEMA)
 
 

@@ -96,12 +96,10 @@ def _cuts(curves: Curves, histograms: Histograms, cfg):
             like = prior(histograms, label, bucket[label], peer_p, peer_n)
             guard = cfg.guard if like is not None else 0.0
             like_p, like_n = map(at_or_above, like) if like is not None else (np.zeros(BINS + 1), np.zeros(BINS + 1))
-            cuts[label], expected[label] = guarded_f1_cut(
-                *(column[mine] for column in curves[1:]),
-                float(support[label]),
-                *(own_p, own_n, like_p, like_n),
-                *(guard, cfg.micro, micro_f1),
-            )
+            curve = (curves.cut[mine], curves.tp[mine], curves.fp[mine])
+            shares = (float(support[label]), own_p, own_n, like_p, like_n)
+            weights = (guard, cfg.micro, micro_f1)
+            cuts[label], expected[label] = guarded_f1_cut(*curve, *shares, *weights)
         else:
             cuts[label] = common if cfg.rule == "global" else 0.0
             k = int(np.clip(np.ceil((cuts[label] + 16.0) * 32.0), 0, BINS))

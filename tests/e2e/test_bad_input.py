@@ -112,6 +112,9 @@ def test_corrupt_parquet(outcome, tmp_path):
 def test_mostly_broken_lines(outcome, tmp_path):
     path = lines(tmp_path / "in.jsonl", [b"{broken\n"] * 10 + rows())
     refused(outcome(path), 65, "10 of 40 records", "malformed_json", "ingest.max_rejected")
+    code, line, folder = outcome(path, "ingest.max_rejected=0.5")
+    assert code == 0, line
+    assert rejects(folder) == ["malformed_json"] * 10
 
 
 def test_no_vocabulary(outcome, tmp_path):
