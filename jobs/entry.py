@@ -330,9 +330,7 @@ def translated(error: BaseException) -> TagmillError | None:
     if isinstance(error, TagmillError):
         return error
     if isinstance(error, ConnectionError) or type(error).__name__ == "Py4JNetworkError":
-        return errors.ServiceError(
-            "Spark's JVM has gone (killed, or out of memory); run the same command again to go on"
-        )
+        return errors.ServiceError("Spark's JVM is gone (killed, out of memory); run the same command again to go on")
     if isinstance(error, OSError):
         try:
             with explained(error.filename or "a file", "use"):

@@ -41,6 +41,8 @@ def explained(path: object, what: str) -> Iterator[None]:
     """Turn the operating system's refusals into our errors, which name the path."""
     try:
         yield
+    except ConnectionError:
+        raise  # of a service, not of a disk
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         message = f"cannot {what} {shown(error.filename or path, 300)}: {reason}"

@@ -98,7 +98,9 @@ def test_killed_in_train(corpus, golden, tmp_path, victim):
     assert not (run / "train" / "MANIFEST.json").exists()
     assert not (run / "metrics.json").exists()
     done = {path.name: path.stat().st_mtime_ns for path in markers(run)}
-    assert 3 <= len(done) < 160 // BLOCK
+    assert len(done) >= 3
+    if victim != "term":  # a JVM that is asked to stop may finish its tasks first
+        assert len(done) < 160 // BLOCK
 
     again = start(corpus, run, tmp_path / "home")
     assert again.wait(600) == 0, again.stderr.read()
