@@ -329,7 +329,8 @@ def translated(error: BaseException) -> TagmillError | None:
     """Our error behind an exception: itself, the operating system's, or one that a Spark worker reported as text."""
     if isinstance(error, TagmillError):
         return error
-    if isinstance(error, ConnectionError) or type(error).__name__ == "Py4JNetworkError":
+    gone = isinstance(error, ConnectionError) and not isinstance(error, BrokenPipeError)
+    if gone or type(error).__name__ == "Py4JNetworkError":
         return errors.ServiceError("Spark's JVM is gone (killed, out of memory); run the same command again to go on")
     if isinstance(error, OSError):
         try:
@@ -348,7 +349,7 @@ def translated(error: BaseException) -> TagmillError | None:
     if match:
         return translated(OSError(int(match[1]), match[2], match[3]))
     if "SparkContext was shut down" in text or "Answer from Java side is empty" in text:
-        return translated(ConnectionError())
+        return translated(ConnectionResetError())
     match = re.search(r"java\.io\.IOException: (No space left on device)", text)
     if match:
         return errors.StorageError(

@@ -17,11 +17,9 @@ import pyarrow.parquet as pq
 from pipeline.errors import DataError
 from pipeline.kernels.text import smooth_idf
 from pipeline.learners.vectorizer import Vocabulary, batches, count_documents, one_array, vectorize
-from pipeline.stages.parts import Outcome, run_tasks, task_frame, tasks_of
+from pipeline.stages.parts import Outcome, map_tasks, run_tasks
 from pipeline.store import Run, write_part
 from pipeline.tables import TABLES
-
-SEPARATOR = "\n"
 
 
 def featurize(spark, run: Run, attempt: Path, cfg) -> Outcome:
@@ -67,8 +65,7 @@ def count_terms(spark, pairs, ngrams: int, min_df: int) -> tuple[pa.Table, int]:
 
     spark.sparkContext.setJobDescription("featurize: count terms")
     counted = (
-        task_frame(spark, [SEPARATOR.join(map(str, pair)) for pair in pairs])
-        .mapInArrow(_term_counter(ngrams), "hash bigint, df bigint, term string")
+        map_tasks(spark, pairs, _term_counter(ngrams), "hash bigint, df bigint, term string")
         .groupBy("hash")
         .agg(F.sum("df").alias("df"), F.min("term").alias("term"), (F.min("term") != F.max("term")).alias("collided"))
         .where(F.col("df") >= min_df)
@@ -87,18 +84,17 @@ def choose_terms(counted: pa.Table, n: int, cfg) -> pa.Table:
 
 
 def _term_counter(ngrams):
-    def count(rows):
-        for task in tasks_of(rows):
-            documents, folds = task.split(SEPARATOR)
-            table = pq.read_table(documents, columns=["text"])
-            kept = pc.greater_equal(pq.read_table(folds, columns=["fold"])["fold"], 0)
-            partial = []
-            for batch in batches(table.filter(kept)):
-                partial.append(count_documents(one_array(batch["text"]), ngrams))
-                if len(partial) > 8:
-                    partial = [_merged(partial)]
-            if partial:
-                yield from _merged(partial).to_batches(max_chunksize=50_000)
+    def count(pair):
+        documents, folds = pair
+        table = pq.read_table(documents, columns=["text"])
+        kept = pc.greater_equal(pq.read_table(folds, columns=["fold"])["fold"], 0)
+        partial = []
+        for batch in batches(table.filter(kept)):
+            partial.append(count_documents(one_array(batch["text"]), ngrams))
+            if len(partial) > 8:
+                partial = [_merged(partial)]
+        if partial:
+            yield from _merged(partial).to_batches(max_chunksize=50_000)
 
     return count
 

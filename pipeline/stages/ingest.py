@@ -7,7 +7,6 @@ everything later is deterministic because of it.  A record ends as a document or
 """
 
 import collections
-import dataclasses
 import json
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import pyarrow.compute as pc
 from pipeline import sources
 from pipeline.errors import DataError, InputError, shown
 from pipeline.session import cores
-from pipeline.stages.parts import Outcome, hashes, run_tasks, task_frame, tasks_of
+from pipeline.stages.parts import Outcome, hashes, map_tasks, run_tasks
 from pipeline.store import replacing, write_part
 from pipeline.tables import TABLES
 
@@ -42,8 +41,7 @@ def ingest(spark, plan: sources.Plan, attempt: Path, cfg, need_labels: bool = Tr
     parts = partitions(plan, cfg)
     spark.sparkContext.setJobDescription("ingest: read and order")
     counted = (
-        task_frame(spark, [json.dumps(dataclasses.asdict(split)) for split in plan.splits])
-        .mapInArrow(_reader(cfg.input, parts), _ddl(KEYED))
+        map_tasks(spark, plan.splits, _reader(cfg.input, parts), _ddl(KEYED))
         .repartitionById(parts, "bucket")
         .sortWithinPartitions("key", "doc_id", "file", "position")
         .mapInArrow(_writer(str(attempt)), "part int, facts string")
@@ -128,15 +126,14 @@ def _label_table(counts, cfg):
 
 
 def _reader(fmt, parts):
-    def read(batches):
-        for task in tasks_of(batches):
-            for batch in sources.read_split(sources.Split(**json.loads(task)), fmt):
-                # a reject may have no doc_id: it goes by where it stands
-                place = pc.binary_join_element_wise(batch["file"], batch["position"].cast(pa.string()), ":")
-                key = hashes(pc.coalesce(batch["doc_id"], place), ORDER_SEED)
-                bucket = ((key >> np.uint64(32)) * np.uint64(parts) >> np.uint64(32)).astype(np.int32)
-                signed = (key ^ np.uint64(1 << 63)).view(np.int64)  # same order as the unsigned hash
-                yield pa.RecordBatch.from_arrays([*batch.columns, pa.array(signed), pa.array(bucket)], schema=KEYED)
+    def read(split):
+        for batch in sources.read_split(split, fmt):
+            # a reject may have no doc_id: it goes by where it stands
+            place = pc.binary_join_element_wise(batch["file"], batch["position"].cast(pa.string()), ":")
+            key = hashes(pc.coalesce(batch["doc_id"], place), ORDER_SEED)
+            bucket = ((key >> np.uint64(32)) * np.uint64(parts) >> np.uint64(32)).astype(np.int32)
+            signed = (key ^ np.uint64(1 << 63)).view(np.int64)  # same order as the unsigned hash
+            yield pa.RecordBatch.from_arrays([*batch.columns, pa.array(signed), pa.array(bucket)], schema=KEYED)
 
     return read
 

@@ -1,7 +1,7 @@
 """One Spark task per part: the wiring that all stages share."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,15 +29,18 @@ def run_tasks(spark, what: str, function: Callable[[Any], Any], tasks: Sequence[
     return [result for _, result in sorted(done, key=lambda pair: pair[0])]
 
 
-def task_frame(spark, tasks: Sequence[str]):
-    """A DataFrame with one string a partition, for `mapInArrow`."""
-    rows = spark.sparkContext.parallelize([(task,) for task in tasks], max(1, len(tasks)))
-    return spark.createDataFrame(rows, "task string")
+def map_tasks(spark, tasks: Sequence[Any], function: Callable[[Any], Iterator[pa.RecordBatch]], schema: str):
+    """A DataFrame of the record batches that function(task) yields, one partition a task.
 
+    The source is a range of numbers, which Spark makes without a Python process of its own.
+    """
 
-def tasks_of(batches) -> list[str]:
-    """The strings of `task_frame` inside `mapInArrow`."""
-    return [task for batch in batches for task in batch.column(0).to_pylist()]
+    def run(batches):
+        for batch in batches:
+            for number in batch.column(0).to_pylist():
+                yield from function(tasks[number])
+
+    return spark.range(0, len(tasks), 1, max(1, len(tasks))).mapInArrow(run, schema)
 
 
 def hashes(values: pa.Array | pa.ChunkedArray, seed: str) -> np.ndarray:
