@@ -329,8 +329,7 @@ def translated(error: BaseException) -> TagmillError | None:
     """Our error behind an exception: itself, the operating system's, or one that a Spark worker reported as text."""
     if isinstance(error, TagmillError):
         return error
-    gone = isinstance(error, ConnectionError) and not isinstance(error, BrokenPipeError)
-    if gone or type(error).__name__ == "Py4JNetworkError":
+    if isinstance(error, (ConnectionRefusedError, ConnectionResetError)) or type(error).__name__ == "Py4JNetworkError":
         return errors.ServiceError("Spark's JVM is gone (killed, out of memory); run the same command again to go on")
     if isinstance(error, OSError):
         try:

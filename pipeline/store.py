@@ -41,7 +41,7 @@ def explained(path: object, what: str) -> Iterator[None]:
     """Turn the operating system's refusals into our errors, which name the path."""
     try:
         yield
-    except ConnectionError:
+    except (ConnectionRefusedError, ConnectionResetError):
         raise  # of a service, not of a disk
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)

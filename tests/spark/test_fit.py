@@ -56,7 +56,7 @@ def test_partitions_and_order_change_no_byte(golden, fit, toy, tmp_path, partiti
 
 
 def test_more_partitions_than_documents(golden, fit, toy):
-    run = fit(toy, "spark.partitions=60")
+    run = fit(toy, "spark.partitions=41")
     assert prints(run)["label_models"] == prints(golden)["label_models"]
     assert run.read("documents").equals(golden.read("documents"))
 
