@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint lock clean
+.PHONY: help setup demo test test-slow bench lint lock clean
 
 help:  ## what can be made
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,10 +25,13 @@ demo: $(VENV)/.ok  ## fit a tagger on the docstrings of the installed libraries 
 	$(BIN)/tagmill demo --run runs/demo
 
 test: $(VENV)/.ok  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow and not bench"
 
 test-slow: $(VENV)/.ok  ## the slow tests: kills and resumes, real corpora (with TAGMILL_DATA set)
 	$(BIN)/python -m pytest -q -m slow
+
+bench: $(VENV)/.ok  ## speed of the lanes against scikit-learn, side by side
+	$(BIN)/python -m pytest -q -s -m bench
 
 lint: $(VENV)/.ok  ## ruff, types of the public interface, layers
 	$(BIN)/ruff check .

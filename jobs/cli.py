@@ -23,7 +23,9 @@ ConfigFile = Annotated[
     str | None, typer.Option("--config", metavar="FILE", help="YAML with what differs from the defaults.")
 ]
 Master = Annotated[str | None, typer.Option(metavar="URL", help="Spark master; default local[*].")]
-Input = Annotated[str, typer.Option(metavar="PATH", help="Parquet, JSON Lines, CSV or TSV: file, folder or glob.")]
+Input = Annotated[
+    str, typer.Option(metavar="PATH", help="Parquet, JSON Lines, CSV, TSV: file, folder, glob; or table:NAME.")
+]
 RunDir = Annotated[str, typer.Option(metavar="DIR", help="Run folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo what was made with other settings or input.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Traceback on failure.")]
@@ -102,7 +104,7 @@ def calibrate(
             raise configuration.ConfigError(
                 f"--set {other[0]}: `tagmill calibrate` changes calibrate.* and evaluate.* only"
             )
-        show_metrics(entry.fit(run, None, cfg, overwrite=True))
+        show_metrics(entry.fit(run, None, cfg, overwrite=True, only=("calibrate", "evaluate", "register")))
 
     _guarded(command, debug)
 
@@ -112,8 +114,10 @@ def register(run: Annotated[str, typer.Argument(metavar="RUN")], set: Sets = [],
     """Send a finished run to MLflow, when the server was not there at the time of the fit."""
 
     def command():
-        cfg, _ = configuration.load(None, ["mlflow.required=true", *set], Run(run).info["config"])
-        entry.fit(run, None, cfg, only="register")
+        cfg, _ = configuration.load(
+            None, ["mlflow.required=true", "mlflow.enabled=true", *set], Run(run).info["config"]
+        )
+        entry.fit(run, None, cfg, only=("register",))
 
     _guarded(command, debug)
 

@@ -12,9 +12,11 @@ import signal
 import sys
 import tempfile
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from jobs import inputs
 from pipeline import config as configuration
 from pipeline import errors, sources
 from pipeline.config import Config
@@ -107,16 +109,20 @@ def code_version() -> str:
         total.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     for package in ("numpy", "scipy", "numba", "llvmlite", "pyarrow"):
         total.update(f"{package} {importlib.metadata.version(package)}\0".encode())
+    total.update(unicodedata.unidata_version.encode())  # what counts as a letter
     return total.hexdigest()[:16]
 
 
 # -- a fit, or one stage of it -----------------------------------------------------------------------------------------
 
 
-def fit(run_dir: str, input_path: str | None, cfg: Config, overwrite: bool = False, only: str | None = None) -> Run:
-    """Run the fit flow, or one stage of it, in `run_dir`; what is current is skipped.
+def fit(
+    run_dir: str, input_path: str | None, cfg: Config, overwrite: bool = False, only: tuple[str, ...] | None = None
+) -> Run:
+    """Run the fit flow, or some stages of it, in `run_dir`; what is current is skipped.
 
-    Raises ConfigError where the folder was made with other settings or another input, unless `overwrite`.
+    The input is looked at only where the stage ingest is among them.  Raises ConfigError where the folder was made with
+    other settings or another input, unless `overwrite`; nothing has been written then.
     """
     run = Run(run_dir)
     info = run.info if run.exists else None
@@ -124,17 +130,24 @@ def fit(run_dir: str, input_path: str | None, cfg: Config, overwrite: bool = Fal
         if info is None:
             run.info  # noqa: B018  (raises: not a run folder)
         input_path = info["input"]  # type: ignore[index]
-    plan = None
-    if only in (None, "ingest"):
-        plan = sources.plan(input_path, cfg.input)
+    job = Job(run, cfg)
+    read = only is None or "ingest" in only
+    # files that are not there are found out before a folder is made; a table needs a session
+    plan = inputs.planned(input_path, cfg) if read and not inputs.is_table(input_path) else None
     run.prepare()
     with run.writing():
-        job = Job(run, cfg)
-        _settle(job, info, input_path, overwrite)
         try:
+            _refuse_settings(job, info, overwrite)
+            if read and plan is None:
+                plan = inputs.planned(input_path, cfg, job.spark)
             recipes = job.recipes(plan.files if plan else None)
-            stages = [stage for stage in FIT if only in (None, stage.name)]
-            _refuse_others(job, stages, recipes, overwrite)
+            stages = [stage for stage in FIT if only is None or stage.name in only]
+            redone = _refuse_others(job, stages, recipes, overwrite)
+            if only != ("register",):  # where a finished run is sent to is no part of it
+                with explained(run.root, "write to"):
+                    run.create({"config": cfg.model_dump(mode="json"), "input": inputs.location(input_path)})
+            # asked for by itself, register sends again: it is idempotent, and the server may be another one now
+            run.drop(redone if only != ("register",) else only)
             for stage in stages:
                 run_stage(job, stage, recipes[stage.name], plan)
         finally:
@@ -142,25 +155,24 @@ def fit(run_dir: str, input_path: str | None, cfg: Config, overwrite: bool = Fal
     return run
 
 
-def _settle(job, info, input_path, overwrite):
-    """Write run.json, or check that the one there says the same."""
-    config = job.cfg.model_dump(mode="json")
-    location = input_path if input_path.startswith("table:") else os.path.abspath(input_path.removeprefix("file://"))
+def _refuse_settings(job, info, overwrite):
+    """Stop where run.json has other settings."""
     # a run that has finished no stage yet, say because too much was rejected, may be begun again with other settings
     if info is not None and not overwrite and stages_done(job.run):
-        other = configuration.differences(info["config"], config)
+        other = configuration.differences(info["config"], job.cfg.model_dump(mode="json"))
         if other:
             raise ConfigError(
                 f"{job.run.root}: was made with other settings: {'; '.join(other[:5])}"
                 + (f" and {len(other) - 5} more" if len(other) > 5 else "")
                 + "; choose another --run, or --overwrite to redo what depends on them"
             )
-    with explained(job.run.root, "write to"):
-        job.run.create({"config": config, "input": location})
 
 
 def _refuse_others(job, stages, recipes, overwrite):
-    """Stop before anything is written where a finished stage came from another input, setting or version."""
+    """Stop before anything is written where a finished stage came from another input, setting or version.
+
+    Returns the stages to unpublish, from the first that differs on; none where nothing does.
+    """
     for stage in stages:
         manifest = job.run.manifest(stage.name)
         if manifest is None:
@@ -168,15 +180,17 @@ def _refuse_others(job, stages, recipes, overwrite):
         recipe = recipes[stage.name]
         if manifest["fingerprint"] == fingerprint(recipe):
             continue
+        if stage.name == "register":  # sending again costs nothing and replaces nothing
+            return ["register"]
         if not overwrite:
             raise ConfigError(
                 f"{job.run.root}: stage {stage.name} was made from {_what_differs(manifest['recipe'], recipe)}; "
                 "choose another --run, or --overwrite to redo it and what builds on it"
             )
         later = [s.name for s in FIT[[s.name for s in FIT].index(stage.name) :]]
-        job.run.drop(later)
         log.info("%s: redone from here on (%s)", stage.name, _what_differs(manifest["recipe"], recipe))
-        return
+        return later
+    return []
 
 
 def _what_differs(before, after):
@@ -218,14 +232,19 @@ def run_stage(job: Job, stage: Stage, recipe: dict, plan: sources.Plan | None = 
     attempt = run.attempt(stage.name, f"blocks-{mark}" if stage.name == "train" else None)
     module = __import__(f"pipeline.stages.{stage.name}", fromlist=["summary"])
     arguments = {
-        "ingest": lambda: (job.spark, plan, attempt, job.cfg),
+        "ingest": lambda: (
+            job.spark,
+            inputs.exported(plan or sources.Plan((), (), ()), job.cfg, job.spark, run),
+            attempt,
+            job.cfg,
+        ),
         "calibrate": lambda: (None, run, attempt, job.cfg),
         "train": lambda: (
             job.spark,
             run,
             attempt,
             job.cfg,
-            f"matrix-{recipe['inputs']['featurize']}-{recipe['inputs']['split']}",
+            _matrix_key(run, recipe),
         ),
     }.get(stage.name, lambda: (job.spark, run, attempt, job.cfg))()
     with (
@@ -240,6 +259,12 @@ def run_stage(job: Job, stage: Stage, recipe: dict, plan: sources.Plan | None = 
     if stage.name == "evaluate":
         _publish(run)
     log.info("%s: %s, %.1f s", stage.name, summary, meter.seconds)
+
+
+def _matrix_key(run, recipe):
+    """Names the matrix in a host's cache: by content, and by run, so that no run cleans what another one maps."""
+    place = hashlib.sha256(str(run.root).encode()).hexdigest()[:8]
+    return f"matrix-{recipe['inputs']['featurize']}-{recipe['inputs']['split']}-{place}"
 
 
 def _publish(run):
@@ -411,12 +436,17 @@ def stage_main(stage: str, argv: list[str] | None = None) -> int:
         run = Run(args.run)
         base = run.info["config"] if run.exists else None
         cfg, _ = configuration.load(args.config, [*args.set, *master_setting(args.master)], base)
-        fit(args.run, getattr(args, "input", None), cfg, args.overwrite, only=stage)
+        fit(args.run, getattr(args, "input", None), cfg, args.overwrite, only=(stage,))
 
     return guarded(job, args.debug)
 
 
 def master_setting(master: str | None) -> list[str]:
     """--master as a setting; under spark-submit the master that it was given."""
-    given = master or os.environ.get("SPARK_MASTER_URL") or ""
+    given = master or os.environ.get("SPARK_MASTER_URL")
+    if not given and "PYSPARK_GATEWAY_PORT" in os.environ:
+        from pyspark import SparkConf, SparkContext
+
+        SparkContext._ensure_initialized()
+        given = SparkConf().get("spark.master")
     return [f"spark.master={json.dumps(given)}"] if given else []

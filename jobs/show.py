@@ -19,6 +19,7 @@ from pipeline.errors import ConfigError, InputError, shown
 from pipeline.flow import FIT
 from pipeline.store import Run, explained, replacing, stages_done
 from pipeline.tables import TABLES
+from pipeline.tracking import redacted
 
 GROUPS = (
     (
@@ -82,7 +83,7 @@ def overview(run: Run, as_json: bool) -> None:
             "stages": [{key: m.get(key) for key in keep} for m in manifests.values() if m],
             "missing": [stage.name for stage in FIT if stage.name not in manifests],
             "facts": {name: _facts(m) for name, m in manifests.items() if m},
-            "config": info["config"],
+            "config": _without_secrets(info["config"]),
             **(card or {}),
         }
         print(json.dumps(value, indent=1, ensure_ascii=False))
@@ -99,6 +100,14 @@ def overview(run: Run, as_json: bool) -> None:
     missing = [stage.name for stage in FIT if stage.name not in manifests]
     if missing:
         out.print(f"missing  {', '.join(missing)}: run the same `tagmill fit` again", highlight=False)
+
+
+def _without_secrets(value):
+    """Settings as they may be shown: no user and password in addresses, no Spark option that is named like a secret."""
+    if isinstance(value, dict):
+        hidden = ("secret", "password", "token", "credential", "access.key")
+        return {k: "***" if any(w in k.lower() for w in hidden) else _without_secrets(v) for k, v in value.items()}
+    return redacted(value) if isinstance(value, str) else value
 
 
 def _facts(manifest):

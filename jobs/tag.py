@@ -4,6 +4,7 @@ The output folder appears whole or not at all: the work is done in a hidden fold
 the end and is kept when the work is interrupted, so that the same command goes on where it stopped.
 """
 
+import glob
 import hashlib
 import json
 import logging
@@ -11,16 +12,16 @@ import os
 import shutil
 from pathlib import Path
 
+from jobs import inputs
 from jobs.entry import Job, code_version, stage_settings
 from jobs.meter import Meter
 from jobs.progress import watching
-from pipeline import sources
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError
 from pipeline.flow import FIT
 from pipeline.stages import ingest as ingesting
 from pipeline.stages import tag as tagging
-from pipeline.store import Run, explained, fingerprint, sync_folder, write_json
+from pipeline.store import Run, digest, explained, fingerprint, sync_folder, write_json
 
 log = logging.getLogger("tagmill")
 
@@ -35,12 +36,17 @@ def tag(
     Raises ConfigError where `output` holds something else, InputError where the run is not finished.
     """
     out = Path(os.path.abspath(output.removeprefix("file://")))
-    plan = sources.plan(input_path, cfg.input, need_labels=False)
+    # gold labels and splits of what is tagged are nobody's business here: they refuse no document
+    cfg = cfg.model_copy(update={"input": cfg.input.model_copy(update={"labels": None, "split": None})})
+    plan = None if inputs.is_table(input_path) else inputs.planned(input_path, cfg, need_labels=False)
     work = Run(out.parent / f".{out.name}.tagmill")
     with explained(out, "create"):
         out.parent.mkdir(parents=True, exist_ok=True)
         work.root.mkdir(exist_ok=True, mode=0o750)
     with work.writing():
+        _recover(out)
+        job = Job(work, cfg)
+        plan = plan or inputs.planned(input_path, cfg, job.spark, need_labels=False)
         source, settings, identity = _fitted(run_dir, model, cfg, work)
         recipe = {
             "model": identity,
@@ -50,17 +56,17 @@ def tag(
         }
         mark = fingerprint(recipe)
         current = _card(out)
-        if current and current["fingerprint"] == mark:
+        if current and current["fingerprint"] == mark and _whole(out, current):
             log.info("tag: up to date (%s)", current["summary"])
             shutil.rmtree(work.root)
             return current
-        if out.exists() and (out.is_file() or any(out.iterdir())) and not overwrite:
+        damaged = current is not None and current["fingerprint"] == mark
+        if out.exists() and (out.is_file() or any(out.iterdir())) and not overwrite and not damaged:
             what = "tags of another input, model or setting" if current else "something else"
             work_is_new = not (work.root / "ingest").exists()
             if work_is_new:
                 shutil.rmtree(work.root)
             raise ConfigError(f"{out}: holds {what}; choose another --output, or --overwrite to replace it")
-        job = Job(work, cfg)
         try:
             card = _tag(job, plan, source, settings, recipe, out)
         finally:
@@ -123,14 +129,15 @@ def _tag(job, plan, source, settings, recipe, out):
         if not manifest or manifest["fingerprint"] != fingerprint(ingest_recipe) or work.damage("ingest"):
             attempt = work.attempt("ingest")
             with watching(job.spark.sparkContext, "ingest"):
-                outcome = ingesting.ingest(job.spark, plan, attempt, cfg, need_labels=False)
+                rows = inputs.exported(plan, cfg, job.spark, work, need_labels=False)
+                outcome = ingesting.ingest(job.spark, rows, attempt, cfg, need_labels=False)
             manifest = work.commit("ingest", attempt, ingest_recipe, outcome.tables, outcome.facts)
         log.info("ingest: %s", ingesting.summary(manifest, manifest["rows"]))
         result = work.root / "result"
         shutil.rmtree(result, ignore_errors=True)
         result.mkdir(mode=0o750)
         with watching(job.spark.sparkContext, "tag"):
-            outcome = tagging.tag(job.spark, work.files("documents"), result, source, settings)
+            outcome = tagging.tag(job.spark, work.files("documents"), result, source, settings, mark)
         rejects = result / "_rejects"
         rejects.mkdir()
         for path in work.files("rejects"):
@@ -168,6 +175,19 @@ def _publish(result, out):
     else:
         os.rename(result, out)
     sync_folder(out.parent)
+
+
+def _recover(out):
+    """Put back an older output that a killed replacement had set aside."""
+    if not out.exists():
+        for aside in sorted(out.parent.glob(f".{glob.escape(out.name)}.*.old")):
+            os.rename(aside, out)
+            return
+
+
+def _whole(out, card):
+    """Whether the files of a finished output are those that its card names."""
+    return all((out / e["file"]).is_file() and digest(out / e["file"]) == e["sha256"] for e in card["tables"]["tags"])
 
 
 def _card(out):

@@ -142,7 +142,7 @@ class CalibrateConfig(Section):
     """Scores to decisions."""
 
     rule: Literal["per_label", "global", "fixed"] = Field(
-        "per_label", description="one threshold a label, one for all, or 0.5"
+        "per_label", description="one threshold a label, one for all, or score 0"
     )
     guard: float = Field(2.0, ge=0, description="pseudo-positives, alike those of labels of similar support, per label")
     micro: float = Field(0.05, ge=0, description="weight of a label's part in micro F1 beside its own F1")

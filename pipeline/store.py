@@ -57,6 +57,14 @@ def explained(path: object, what: str) -> Iterator[None]:
         raise StorageError(message) from error
 
 
+def sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -126,6 +134,8 @@ class Run:
 
     def __init__(self, root: str | Path):
         text = str(root).removeprefix("file://")
+        if "://" in text:
+            raise ConfigError(f"{shown(text)}: a run folder is a path (or file://) that driver and executors share")
         # executors have another working directory, so every path that leaves here is absolute
         self.root = Path(os.path.abspath(text))
 
@@ -250,7 +260,11 @@ class Run:
 
     def drop(self, stages: Iterable[str]) -> None:
         """Unpublish stages, last first, so that no manifest outlives one that it builds on."""
-        for stage in reversed(list(stages)):
+        stages = list(stages)
+        if "evaluate" in stages:
+            for copy in ("metrics.json", "report.html"):
+                (self.root / copy).unlink(missing_ok=True)
+        for stage in reversed(stages):
             (self.root / stage / MANIFEST).unlink(missing_ok=True)
 
     # -- tables --------------------------------------------------------------------------------------------------------

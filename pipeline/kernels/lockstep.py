@@ -156,6 +156,20 @@ def squared_norms(W):
     return np.square(W.reshape(-1, LANES), dtype=np.float64).sum(axis=0)
 
 
+@njit(cache=True, nogil=True)
+def row_squares(lengths, data):
+    """|x_i|^2 + 1 of rows that follow one another in `data` (nnz,), float32; each row is added up by itself."""
+    squares = np.empty(lengths.size, np.float32)
+    at = 0
+    for i in range(lengths.size):
+        total = 1.0
+        for k in range(at, at + lengths[i]):
+            total += np.float64(data[k]) * data[k]
+        squares[i] = total
+        at += lengths[i]
+    return squares
+
+
 class Rows(NamedTuple):
     """X without the bias column: CSR arrays that may be memory-mapped, and |x_i|^2 + 1 of each row."""
 
@@ -198,7 +212,7 @@ def solve(
 ) -> Solution:
     """Sweep until every lane's relative duality gap is at most `gap`, or `max_epochs` sweeps are made.
 
-    The order of the rows is a permutation drawn from (seed, sweep) alone, so a lane sees the same order in any company.
+    The order of the rows is a permutation drawn from (seed, sweep) alone, the same for all groups.
     After two full sweeps each cycle is three sweeps over the rows that still move, a check in float64, one full sweep.
 
     Args:

@@ -78,7 +78,8 @@ def peers(histograms: Histograms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         np.bincount(place, counts[known], count * BINS).reshape(count, BINS)
         for counts in (histograms.positives, histograms.negatives)
     )
-    positives, negatives = (kernel @ s for s in sums)
+    # not `@`: BLAS adds in an order that depends on the processor
+    positives, negatives = (np.einsum("ij,jk->ik", kernel, s, optimize=False) for s in sums)
     return bucket, positives, negatives
 
 

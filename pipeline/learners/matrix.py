@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.kernels.lockstep import Rows
+from pipeline.kernels.lockstep import Rows, row_squares
 from pipeline.learners.ovr import Gold
 
 ARRAYS = ("indptr", "indices", "data", "squares", "fold", "gold_indptr", "gold_rows")
@@ -71,9 +71,7 @@ def build(folder: Path, feature_files, fold_files, document_files, labels: list[
             indices(pc.list_flatten(part["indices"]).to_numpy())
             data(values)
             lengths.append(count)
-            sums = np.concatenate([[0.0], np.cumsum(np.square(values, dtype=np.float64))])
-            ends = np.cumsum(count)
-            squares.append((sums[ends] - sums[ends - count] + 1.0).astype(np.float32))
+            squares.append(row_squares(count, values))
     np.save(folder / "indptr.npy", np.cumsum(np.concatenate(lengths)))
     np.save(folder / "squares.npy", np.concatenate(squares or [np.empty(0, np.float32)]))
     np.save(folder / "fold.npy", fold[training].astype(np.int8))

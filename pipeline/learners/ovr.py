@@ -78,7 +78,7 @@ def fit_block(label_ids, X: Rows, gold: Gold, cfg, at_label=lambda: None) -> dic
             parts = _fit_group(group, X, gold, cfg, lanes)
         except (ArithmeticError, MemoryError, ValueError) as error:
             log.warning("labels %s failed: %s", group, error)
-            parts = [_failed(label_id, error, cfg) for label_id in group], [], []
+            parts = [_failed(label_id, error, X, gold, cfg) for label_id in group], [], []
         for into, part in zip((models, curve_rows, histogram_rows), parts, strict=True):
             into.extend(part)
         for _ in group:
@@ -188,8 +188,10 @@ def _constant(label_id, positives, rows, cfg):
     return _weightless(label_id, bias, status, cfg)
 
 
-def _failed(label_id, error, cfg):
-    return _weightless(label_id, 0.0, f"failed: {type(error).__name__}: {error}", cfg)
+def _failed(label_id, error, X, gold, cfg):
+    """The base rate, so that the ranking of the other labels is not disturbed."""
+    model = _constant(label_id, gold.positives(label_id).size, X.size, cfg)
+    return {**model, "status": f"failed: {type(error).__name__}: {error}"}
 
 
 def _weightless(label_id, bias, status, cfg):

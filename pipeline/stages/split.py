@@ -52,6 +52,11 @@ def split(spark, run: Run, attempt: Path, cfg) -> Outcome:
     trained = sum(count for fold, count in sizes.items() if fold >= 0)
     if trained == 0:
         raise DataError("no document is left for training; expected some marked train, or split.test below 1")
+    if not sizes.get(TEST):
+        raise DataError(
+            f"none of {trained} documents fell into the test fold (split.test = {cfg.split.test}); "
+            "expected some marked test, a larger share or more documents"
+        )
     facts = {
         "source": "given" if official else "hash of doc_id",
         "documents": {"train": trained, "test": sizes.get(TEST, 0), "unused": sizes.get(UNUSED, 0)},

@@ -17,15 +17,16 @@ from pipeline.stages.parts import Outcome, run_tasks
 from pipeline.store import Run, write_part
 
 
-def tag(spark, documents: list[Path], attempt: Path, source: dict, settings: dict) -> Outcome:
+def tag(spark, documents: list[Path], attempt: Path, source: dict, settings: dict, identity: str) -> Outcome:
     """Tag every document.
 
     Args:
         documents: parts of the table `documents`.
         source: where the fitted tagger is: {"run": folder} or {"bundle": folder of `Tagger.save`}.
-        settings: of `Tagger`; for a bundle only max_tags is taken.
+        settings: of `Tagger`; for a bundle only max_tags is taken, and only where it is set.
+        identity: changes with the tagger; workers that live on between jobs keep the last one they loaded.
     """
-    shared = (source, tuple(sorted(settings.items())))
+    shared = (source, tuple(sorted(settings.items())), identity)
     done = run_tasks(
         spark,
         "tag: score the documents",
@@ -57,17 +58,18 @@ def tagger_of(run: Run, settings: dict) -> Tagger:
 
 
 @functools.lru_cache(maxsize=1)
-def _tagger(source, settings):
+def _tagger(source, settings, identity):
     kind, folder = source
     if kind == "run":
         return tagger_of(Run(folder), dict(settings))
     tagger = Tagger.load(folder)
-    return tagger._replace(settings={**tagger.settings, "max_tags": dict(settings)["max_tags"]})
+    most = dict(settings)["max_tags"] or tagger.settings["max_tags"]
+    return tagger._replace(settings={**tagger.settings, "max_tags": most})
 
 
 def _tag_part(shared, task):
-    (source, settings), (path, attempt, number) = shared, task
-    tagger = _tagger(next(iter(source.items())), settings)
+    (source, settings, identity), (path, attempt, number) = shared, task
+    tagger = _tagger(next(iter(source.items())), settings, identity)
     totals = [0, 0, 0]
 
     def rows():

@@ -19,7 +19,7 @@ from pipeline.learners import matrix
 from pipeline.learners.ovr import fit_block
 from pipeline.learners.tagger import Weights
 from pipeline.stages.parts import Outcome, run_tasks
-from pipeline.store import Run, digest, entry, write_json, write_part
+from pipeline.store import Run, digest, entry, sync_file, write_json, write_part
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ def train(spark, run: Run, attempt: Path, cfg, key: str) -> Outcome:
     if done:
         log.info("train: %d of %d blocks are done already", len(done), len(todo))
     sources = {
-        "folder": str(matrix.host_folder(cfg.spark.cache_dir, key)),
+        "cache_dir": cfg.spark.cache_dir,
+        "key": key,
         "feature_files": [str(p) for p in run.files("features")],
         "fold_files": [str(p) for p in run.files("folds")],
         "document_files": [str(p) for p in run.files("documents")],
@@ -64,13 +65,15 @@ def train(spark, run: Run, attempt: Path, cfg, key: str) -> Outcome:
         _solver(shared, cfg.train),
         [(number, todo[number], str(attempt)) for number in missing],
     )
-    matrix.clean(Path(sources["folder"]))
+    matrix.clean(matrix.host_folder(cfg.spark.cache_dir, key))
     done.update(zip(missing, solved, strict=True))
     facts = [done[number] for number in range(len(todo))]
     _refuse_failures(attempt, facts, names, cfg.train.max_failed)
     tables = {name: [f["tables"][name] for f in facts] for name in BLOCK_TABLES}
     models = [attempt / e["file"] for e in tables["label_models"]]
     paths = Weights.build(attempt, models, features, len(names))
+    for path in paths:
+        sync_file(path)
     tables["weights"] = [entry(path, attempt, np.load(path, mmap_mode="r").shape[0]) for path in paths]
     statuses: dict[str, int] = {}
     for f in facts:
@@ -107,7 +110,7 @@ def finished_block(folder: Path, number: int) -> dict | None:
     try:
         facts = json.loads(marker.read_text())
         whole = all(digest(folder / e["file"]) == e["sha256"] for e in facts["tables"].values())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return facts if whole else None
 
@@ -118,7 +121,7 @@ def _solver(shared, cfg):
         started = time.monotonic()
         s = shared.value
         folder = matrix.shared(
-            Path(s["folder"]),
+            matrix.host_folder(s["cache_dir"], s["key"]),
             lambda part: matrix.build(
                 part, s["feature_files"], s["fold_files"], s["document_files"], s["labels"], s["features"]
             ),

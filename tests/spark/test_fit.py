@@ -215,8 +215,46 @@ def test_another_input_is_refused(fit, toy, tmp_path):
     fit(toy)
     other = tmp_path / "other.jsonl"
     other.write_text(toy.read_text().replace("baker", "miller"))
+    before = (tmp_path / "run" / "run.json").read_bytes()
     with pytest.raises(ConfigError, match="other input"):
         fit(other)
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+
+
+def test_tags_follow_a_new_threshold_in_the_same_session(fit, toy, tmp_path):
+    """Workers that live on between jobs do not keep yesterday's tagger."""
+    import pandas as pd
+
+    from jobs import tag as tagging
+
+    run = fit(toy)
+    cfg = tagging.tag_config(str(run.root), None, list(SMALL))
+    tagging.tag(str(run.root), None, str(toy), str(tmp_path / "before"), cfg)
+    fit(toy, "calibrate.rule=fixed", overwrite=True)
+    tagging.tag(str(run.root), None, str(toy), str(tmp_path / "after"), cfg)
+    said = pd.concat(pd.read_parquet(tmp_path / "after")["tags"].map(lambda t: pd.DataFrame(list(t))).tolist())
+    assert set(said["threshold"]) == {0.0}
+    # what is missing of an output is noticed, and made again
+    (tmp_path / "after" / "tags-00000.parquet").unlink()
+    tagging.tag(str(run.root), None, str(toy), str(tmp_path / "after"), cfg)
+    assert len(pd.read_parquet(tmp_path / "after")) == 40
+
+
+def test_gold_labels_refuse_no_document_that_is_tagged(fit, toy, tmp_path):
+    import pandas as pd
+
+    from jobs import tag as tagging
+
+    run = fit(toy)
+    new = tmp_path / "new.jsonl"
+    new.write_text(
+        '{"doc_id": "1", "text": "fresh bread", "labels": "wrong", "split": "prod"}\n'
+        '{"doc_id": "2", "text": "a planet in orbit"}\n{"doc_id": "3", "text": ""}\n'
+    )
+    tagging.tag(
+        str(run.root), None, str(new), str(tmp_path / "t"), tagging.tag_config(str(run.root), None, list(SMALL))
+    )
+    assert sorted(pd.read_parquet(tmp_path / "t")["doc_id"]) == ["1", "2", "3"]
 
 
 def test_drawn_split_and_dev_curves(fit, tmp_path):
@@ -239,3 +277,22 @@ def test_drawn_split_and_dev_curves(fit, tmp_path):
     held = int((run.read("folds")["fold"].to_numpy() == 0).sum())
     assert all(row["positives"] + row["negatives"] == held for row in curves)
     assert json.loads((run.root / "metrics.json").read_text())["metrics"]["micro_f1"] > 0.95
+
+
+def test_a_spark_table_gives_what_its_file_gives(golden, fit, spark, toy, tmp_path):
+    table = pa.Table.from_pylist([json.loads(line) for line in toy.open()])
+    spark.createDataFrame(table.to_pandas()).repartition(3).createOrReplaceTempView("toy_documents")
+    run = fit("table:toy_documents")
+    assert prints(run) == prints(golden)
+    before = run.manifest("ingest")
+    assert not list((run.root / "ingest").glob("table-*"))
+    # the same rows in another order are the same input
+    spark.table("toy_documents").orderBy("text").createOrReplaceTempView("toy_documents")
+    assert fit("table:toy_documents").manifest("ingest") == before
+
+
+def test_a_missing_table(fit):
+    from pipeline.errors import InputError
+
+    with pytest.raises(InputError, match="no such Spark table"):
+        fit("table:nowhere")
