@@ -1,5 +1,6 @@
 """The command `tagmill`: fit, tag, calibrate, show, register, demo."""
 
+import csv
 import json
 import sys
 from typing import Annotated
@@ -31,6 +32,11 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo what was made
 Debug = Annotated[bool, typer.Option("--debug", help="Traceback on failure.")]
 
 
+def _names(item: str) -> list[str]:
+    """Names separated by commas; one that holds a comma stands in double quotes, as in CSV."""
+    return [name for name in next(csv.reader([item], skipinitialspace=True)) if name]
+
+
 def _guarded(function, debug: bool) -> None:
     entry.logging_to_stderr(debug)
     raise typer.Exit(entry.guarded(function, debug))
@@ -38,8 +44,15 @@ def _guarded(function, debug: bool) -> None:
 
 @app.command()
 def fit(
-    input: Input,
     run: RunDir,
+    input: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Parquet, JSON Lines, CSV, TSV: file, folder, glob; or table:NAME."),
+    ] = None,
+    labels: Annotated[
+        list[str],
+        typer.Option(metavar="NAME,...", help="Train or refit these labels only; the others stay. May be repeated."),
+    ] = [],  # noqa: B006
     config: ConfigFile = None,
     set: Sets = [],  # noqa: B006  (typer reads it)
     master: Master = None,
@@ -47,10 +60,15 @@ def fit(
     debug: Debug = False,
 ) -> None:
     """Fit a tagger: ingest, split, featurize, train, calibrate, evaluate, register.  The same command resumes."""
+    if input is None and not (labels and Run(run).exists):
+        raise typer.BadParameter("give --input PATH (it may be left out with --labels and a run that is there)")
 
     def command():
-        cfg, _ = configuration.load(config, [*set, *entry.master_setting(master)])
-        show_metrics(entry.fit(run, input, cfg, overwrite))
+        chosen = tuple(name for item in labels for name in _names(item))
+        base = Run(run).info["config"] if chosen and Run(run).exists else None
+        cfg, _ = configuration.load(config, [*set, *entry.master_setting(master)], base)
+        only = None if input else ("train", "calibrate", "evaluate", "register")
+        show_metrics(entry.fit(run, input, cfg, overwrite, only=only, labels=chosen))
 
     _guarded(command, debug)
 

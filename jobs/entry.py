@@ -1,5 +1,6 @@
 """The frame of every job: configuration, lock, session, skip what is current, measure, publish, exit code."""
 
+import difflib
 import functools
 import hashlib
 import importlib.metadata
@@ -15,14 +16,15 @@ import traceback
 import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from jobs import inputs
 from pipeline import config as configuration
 from pipeline import errors, sources
 from pipeline.config import Config
-from pipeline.errors import ConfigError, TagmillError, shown
+from pipeline.errors import ConfigError, InputError, TagmillError, shown
 from pipeline.flow import FIT, Stage, upstream
-from pipeline.store import Run, explained, fingerprint, stages_done, write_json
+from pipeline.store import Run, digest, explained, fingerprint, stages_done, write_json
 
 log = logging.getLogger("tagmill")
 
@@ -37,6 +39,19 @@ SETTINGS = {
     "register": ("mlflow.experiment", "mlflow.model", "mlflow.alias"),
 }
 LIMITS = configuration.LIMITS
+
+
+def _file_mark(path: str) -> str:
+    with explained(path, "read"):
+        return digest(Path(path))[:16]
+
+
+# settings that name a file or another run: the stage that reads it, and the identity of what is there
+CONTENTS: dict[str, tuple[str, Callable[[str], str]]] = {
+    "train.label_weights": ("train", _file_mark),
+    "train.warm_start": ("train", lambda path: Run(path).finished("train")["fingerprint"]),
+    "featurize.vocabulary": ("featurize", lambda path: Run(path).finished("featurize")["fingerprint"]),
+}
 
 
 class Job:
@@ -79,13 +94,38 @@ class Job:
                     found[stage.name] = self.run.finished(stage.name)["recipe"]
                     continue
                 inputs = {"files": sorted(digest for _, _, digest in files)}
-            found[stage.name] = {
+            recipe = {
                 "stage": stage.name,
-                "settings": stage_settings(stage.name, self.cfg),
+                "settings": {**stage_settings(stage.name, self.cfg), **self._contents(stage.name)},
                 "inputs": inputs,
                 "code": code_version(),
             }
+            found[stage.name] = self._with_refits(recipe) if stage.name == "train" else recipe
         return found
+
+    def _contents(self, stage: str) -> dict[str, str]:
+        """Settings that name a file or a run stand in the recipe with the identity of its content."""
+        marks = {}
+        for key, (reader, mark) in CONTENTS.items():
+            path = configuration.flat(self.cfg)[key]
+            if reader != stage or not path:
+                continue
+            try:
+                marks[key] = f"{path}@{mark(path)}"
+            except InputError:
+                # gone since: what was made from it stays current
+                before = (self.run.manifest(stage) or {}).get("recipe", {}).get("settings", {}).get(key, "")
+                if not before.startswith(f"{path}@"):
+                    raise
+                marks[key] = before
+        return marks
+
+    def _with_refits(self, recipe: dict) -> dict:
+        """The recipe with the labels that were refitted on top of it, where the finished stage is such a one."""
+        manifest = self.run.manifest("train")
+        refits = manifest["recipe"].get("refits") if manifest else None
+        grown = {**recipe, "refits": refits}
+        return grown if refits and manifest["recipe"] == grown else recipe  # type: ignore[index]
 
 
 def stage_settings(stage: str, cfg: Config) -> dict[str, object]:
@@ -117,12 +157,20 @@ def code_version() -> str:
 
 
 def fit(
-    run_dir: str, input_path: str | None, cfg: Config, overwrite: bool = False, only: tuple[str, ...] | None = None
+    run_dir: str,
+    input_path: str | None,
+    cfg: Config,
+    overwrite: bool = False,
+    only: tuple[str, ...] | None = None,
+    labels: tuple[str, ...] = (),
 ) -> Run:
     """Run the fit flow, or some stages of it, in `run_dir`; what is current is skipped.
 
-    The input is looked at only where the stage ingest is among them.  Raises ConfigError where the folder was made with
-    other settings or another input, unless `overwrite`; nothing has been written then.
+    The input is looked at only where the stage ingest is among them.  With `labels`, train solves these alone, under
+    the train.* settings of this call, and keeps the rows of all others.
+
+    Raises ConfigError where the folder was made with other settings or another input, unless `overwrite`; nothing has
+    been written then.
     """
     run = Run(run_dir)
     info = run.info if run.exists else None
@@ -137,26 +185,87 @@ def fit(
     run.prepare()
     with run.writing():
         try:
-            _refuse_settings(job, info, overwrite)
+            _refuse_settings(job, info, overwrite, labels)
             if read and plan is None:
                 plan = inputs.planned(input_path, cfg, job.spark)
             recipes = job.recipes(plan.files if plan else None)
+            grow = _growth(job, recipes, labels, info)
             stages = [stage for stage in FIT if only is None or stage.name in only]
-            redone = _refuse_others(job, stages, recipes, overwrite)
+            redone = _refuse_others(job, stages, recipes, overwrite) if grow is None else []
             if only != ("register",):  # where a finished run is sent to is no part of it
                 with explained(run.root, "write to"):
-                    run.create({"config": cfg.model_dump(mode="json"), "input": inputs.location(input_path)})
+                    config = info["config"] if info and grow is not None else cfg.model_dump(mode="json")
+                    run.create({"config": config, "input": inputs.location(input_path)})
             # asked for by itself, register sends again: it is idempotent, and the server may be another one now
             run.drop(redone if only != ("register",) else only)
             for stage in stages:
-                run_stage(job, stage, recipes[stage.name], plan)
+                run_stage(job, stage, recipes[stage.name], plan, grow)
         finally:
             job.stop()
     return run
 
 
-def _refuse_settings(job, info, overwrite):
+class Growth(NamedTuple):
+    """Labels that are solved on top of a finished train stage, or alone in a new run."""
+
+    labels: tuple[str, ...]
+    fresh: bool  # no stage train is finished yet
+
+
+def _growth(job, recipes, labels, info):
+    """What `--labels` asks for, or None; recipes of train and of what builds on it are changed to say so.
+
+    Without --labels, labels that an earlier `--labels` left untrained are solved now.
+    """
+    manifest = job.run.manifest("train")
+    if not labels:
+        statuses = manifest.get("statuses", {}) if manifest else {}
+        if not statuses.get("not_selected") or manifest["fingerprint"] != fingerprint(recipes["train"]):
+            return None
+        models = job.run.read("label_models", ["label_id", "status"]).to_pylist()
+        names = job.run.read("labels", ["label"])["label"].to_pylist()
+        labels = tuple(names[row["label_id"]] for row in models if row["status"] == "not_selected")
+        log.info("train: %d labels are not trained yet", len(labels))
+    base = recipes["train"]
+    if manifest is not None:
+        known = {key: value for key, value in manifest["recipe"].items() if key not in ("settings", "refits")}
+        if known != {key: value for key, value in base.items() if key not in ("settings", "refits")}:
+            raise ConfigError(
+                f"{job.run.root}: stage train was made from {_what_differs(manifest['recipe'], base)}; --labels needs "
+                "a run that is current: run the `tagmill fit` of this folder first, or choose another --run"
+            )
+        base = manifest["recipe"]
+    settings = stage_settings("train", job.cfg)
+    other = {key: value for key, value in settings.items() if manifest and base["settings"].get(key) != value}
+    refit = {"labels": sorted(labels), "settings": {**other, **job._contents("train")}}
+    recipes["train"] = {**base, "refits": [*base.get("refits", []), refit]}
+    for stage in FIT[[stage.name for stage in FIT].index("train") + 1 :]:
+        recipes[stage.name]["inputs"] = {name: fingerprint(recipes[name]) for name in upstream(stage)}
+    return Growth(tuple(sorted(labels)), manifest is None)
+
+
+def _refuse_unknown_labels(run, labels):
+    names = run.read("labels", ["label"])["label"].to_pylist()
+    unknown = sorted(set(labels) - set(names))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0.3)
+        hint = f"; the nearest known one is {shown(near[0])}" if near else ""
+        raise ConfigError(
+            f"--labels {shown(unknown[0])}: on no document of {run.root}{hint}; `tagmill show RUN --table labels` "
+            "lists all, and documents with a new label need a new --run"
+        )
+
+
+def _refuse_settings(job, info, overwrite, labels=()):
     """Stop where run.json has other settings."""
+    if info is not None and labels:
+        other = [
+            d for d in configuration.differences(info["config"], job.cfg.model_dump(mode="json"))
+            if not d.startswith("train.") or d.startswith(("train.folds ", "train.dev ", "train.labels_per_block "))
+        ]  # fmt: skip
+        if other and stages_done(job.run):
+            raise ConfigError(f"{other[0]}: with --labels only settings of train (but for folds and dev) may differ")
+        return
     # a run that has finished no stage yet, say because too much was rejected, may be begun again with other settings
     if info is not None and not overwrite and stages_done(job.run):
         other = configuration.differences(info["config"], job.cfg.model_dump(mode="json"))
@@ -206,7 +315,9 @@ def _what_differs(before, after):
     return ", ".join(parts) or "another recipe"
 
 
-def run_stage(job: Job, stage: Stage, recipe: dict, plan: sources.Plan | None = None) -> None:
+def run_stage(
+    job: Job, stage: Stage, recipe: dict, plan: sources.Plan | None = None, grow: Growth | None = None
+) -> None:
     """One stage: skip it where it is current and whole, else compute, measure and publish it."""
     from jobs.meter import Meter
     from jobs.progress import watching
@@ -219,6 +330,9 @@ def run_stage(job: Job, stage: Stage, recipe: dict, plan: sources.Plan | None = 
     manifest = run.manifest(stage.name)
     if manifest and manifest["fingerprint"] == mark:
         damage = run.damage(stage.name)
+        if damage is None and manifest.get("statuses", {}).get("out_of_time"):
+            damage = f"{manifest['statuses']['out_of_time']:,} labels were not begun within train.budget"
+            run.drop([s.name for s in FIT[FIT.index(stage) :]])
         if damage is None:
             if stage.name == "evaluate":
                 _publish(run)
@@ -228,8 +342,11 @@ def run_stage(job: Job, stage: Stage, recipe: dict, plan: sources.Plan | None = 
     if stage.name == "register":
         _register(job, recipe)
         return
+    growing = grow is not None and stage.name == "train"
+    if growing:
+        _refuse_unknown_labels(run, grow.labels)  # type: ignore[union-attr]
     # the blocks of train outlive an attempt: a second run solves only what is missing
-    attempt = run.attempt(stage.name, f"blocks-{mark}" if stage.name == "train" else None)
+    attempt = run.attempt(stage.name, f"blocks-{mark}" if stage.name == "train" and not growing else None)
     module = __import__(f"pipeline.stages.{stage.name}", fromlist=["summary"])
     arguments = {
         "ingest": lambda: (
@@ -245,6 +362,7 @@ def run_stage(job: Job, stage: Stage, recipe: dict, plan: sources.Plan | None = 
             attempt,
             job.cfg,
             _matrix_key(run, recipe),
+            *([grow.labels] if growing else []),  # type: ignore[union-attr]
         ),
     }.get(stage.name, lambda: (job.spark, run, attempt, job.cfg))()
     with (
@@ -252,7 +370,7 @@ def run_stage(job: Job, stage: Stage, recipe: dict, plan: sources.Plan | None = 
         watching(getattr(arguments[0], "sparkContext", None), stage.name),
         explained(attempt, "write to"),
     ):
-        outcome = getattr(module, stage.name)(*arguments)
+        outcome = getattr(module, "refit" if growing else stage.name)(*arguments)
     rows = {name: sum(item["rows"] for item in items) for name, items in outcome.tables.items()}
     summary = module.summary(outcome.facts, rows)
     run.commit(stage.name, attempt, recipe, outcome.tables, {**outcome.facts, **meter.facts(), "summary": summary})

@@ -28,6 +28,7 @@ MAX_CONFIG_BYTES = 1_000_000
 MAX_SEED = 2**63 - 1
 
 Column = Annotated[str, Field(min_length=1)]
+PositiveFloats = tuple[PositiveFloat, ...]
 
 
 class Section(BaseModel):
@@ -107,12 +108,29 @@ class FeaturizeConfig(Section):
     max_features: PositiveInt = Field(2_000_000, le=100_000_000, description="most frequent terms kept")
     ngrams: int = Field(1, ge=1, le=3, description="longest run of words that is a term")
     sublinear: bool = Field(True, description="1 + log(count) instead of count")
+    vocabulary: str = Field("", description="earlier run whose terms and weights are used; empty: from the documents")
 
 
 class TrainConfig(Section):
     """One linear model a label."""
 
-    C: PositiveFloat = Field(20.0, ge=1e-4, le=1e4, description="weight of the loss against the penalty (liblinear)")
+    C: PositiveFloats = Field(
+        (20.0,), description="weight of the loss against the penalty (liblinear); a list: chosen per label"
+    )
+    loss: Literal["logistic", "squared_hinge"] = Field("logistic", description="of a row's margin")
+    positive_weight: PositiveFloats | Literal["balanced"] = Field(
+        (1.0,), description="C of positives over C of negatives; a list: chosen per label; balanced: by base rate"
+    )
+    label_weights: str = Field(
+        "", description="CSV or Parquet with label, positive, negative: factors of C; labels left out have 1"
+    )
+    choose: Literal["log_loss", "f1"] = Field(
+        "log_loss", description="how out-of-fold scores choose among lists: calibrated log loss, or best F1"
+    )
+    negatives: float = Field(
+        0, ge=0, description="negatives a positive (and 1,000) that a label trains on, weighted up; 0: all"
+    )
+    sample: float = Field(1, gt=0, le=1, description="share of the training documents that models are trained on")
     folds: int = Field(
         3, ge=0, le=15, description="out-of-fold models a label; 0: one model, curves from dev documents"
     )
@@ -121,14 +139,35 @@ class TrainConfig(Section):
     )
     gap: PositiveFloat = Field(0.01, le=1, description="a lane is done when its relative duality gap is below this")
     max_epochs: PositiveInt = Field(
-        60, le=1_000_000, description="passes over the rows still moving; then status not_converged"
+        200, le=1_000_000, description="passes over the rows still moving; then status not_converged"
     )
     prune: float = Field(
         0.001, ge=0, lt=1, description="share by which dropping small weights may raise a label's objective"
     )
-    labels_per_block: PositiveInt = Field(64, le=100_000, description="labels of one task")
+    labels_per_block: PositiveInt = Field(32, le=100_000, description="labels of one task, on average")
+    warm_start: str = Field("", description="earlier run whose models the solver starts from; same vocabulary")
     max_failed: int = Field(0, ge=0, description="labels that may fail before the run stops with exit code 65")
-    seed: int = Field(0, ge=0, le=MAX_SEED, description="of the order in which rows are visited")
+    budget: float = Field(
+        0, ge=0, description="seconds after which no further labels are begun; those left get a constant; 0: no limit"
+    )
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="of the order in which rows are visited, and of samples")
+
+    @field_validator("C", "positive_weight", mode="before")
+    @classmethod
+    def _one_value_is_a_list(cls, value):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return (value,)
+        return value
+
+    @field_validator("C", "positive_weight")
+    @classmethod
+    def _values_are_distinct(cls, values, info):
+        low, high = (1e-4, 1e4)
+        if values == "balanced":
+            return values
+        if not values or len(set(values)) != len(values) or not all(low <= v <= high for v in values):
+            raise ValueError(f"one number, or a list of distinct ones, from {low:g} to {high:g}")
+        return tuple(sorted(values))
 
     @field_validator("folds")
     @classmethod
@@ -218,7 +257,7 @@ class Config(Section):
 VOLATILE = ("spark", "mlflow", "tag")
 
 # settings that may stop a run and change no result
-LIMITS = ("ingest.max_rejected", "ingest.max_labels", "train.max_failed")
+LIMITS = ("ingest.max_rejected", "ingest.max_labels", "train.max_failed", "train.budget")
 
 Origins = dict[str, str]  # "train.C" -> where its value came from
 

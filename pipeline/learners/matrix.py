@@ -6,11 +6,12 @@ One process builds, under a lock; the others wait and map.  The folder is named 
 later run with the same features finds it again and a different one never mixes with it.
 """
 
+import contextlib
 import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.errors import DataError
 from pipeline.kernels.lockstep import Rows, row_squares
-from pipeline.learners.ovr import Gold
+from pipeline.learners.ovr import Gold, Start
 
 ARRAYS = ("indptr", "indices", "data", "squares", "fold", "gold_indptr", "gold_rows")
+START = ("start_indptr", "start_indices", "start_weights", "start_bias")
 
 
 def host_folder(cache_dir: str, key: str) -> Path:
@@ -33,19 +36,28 @@ def host_folder(cache_dir: str, key: str) -> Path:
     return root / key
 
 
-def shared(folder: Path, build: Callable[[Path], None]) -> Path:
-    """`folder`, built by exactly one process of this host."""
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold the lock `path` of this host; the kernel frees it when the holder dies."""
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def shared(folder: Path, build: Callable[[Path], None]) -> bool:
+    """Have `folder` built by exactly one process of this host; whether it was this one."""
+    built = False
     if not folder.is_dir():
-        with open(folder.with_name(folder.name + ".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with alone(folder.with_name(folder.name + ".lock")):
             if not folder.is_dir():
                 part = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
                 try:
                     build(part)
                     os.rename(part, folder)
+                    built = True
                 finally:
                     shutil.rmtree(part, ignore_errors=True)
-    return folder
+    return built
 
 
 def clean(folder: Path) -> None:
@@ -57,7 +69,8 @@ def clean(folder: Path) -> None:
 def build(folder: Path, feature_files, fold_files, document_files, labels: list[str], features: int) -> None:
     """Write the arrays of all training rows (fold >= 0), in row order, to `folder`.
 
-    Parts are read one at a time; memory stays at one part and what is appended.
+    Parts are read one at a time; memory stays at one part and what is appended.  Raises DataError naming the row where
+    a value is not finite.
     """
     fold = np.concatenate([_column(path, "fold") for path in fold_files] or [np.empty(0, np.int32)])
     training = fold >= 0
@@ -68,6 +81,7 @@ def build(folder: Path, feature_files, fold_files, document_files, labels: list[
             part = part.filter(pa.array(training[part["row"].to_numpy()])).combine_chunks()
             count = pc.list_value_length(part["indices"]).to_numpy().astype(np.int64)
             values = pc.list_flatten(part["values"]).to_numpy()
+            _refuse_not_finite(path, part, count, values)
             indices(pc.list_flatten(part["indices"]).to_numpy())
             data(values)
             lengths.append(count)
@@ -79,6 +93,40 @@ def build(folder: Path, feature_files, fold_files, document_files, labels: list[
     np.save(folder / "gold_indptr.npy", gold_indptr)
     np.save(folder / "gold_rows.npy", gold_rows)
     np.save(folder / "features.npy", np.array([features]))
+
+
+def _refuse_not_finite(path, part, count, values):
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        place = int(np.searchsorted(np.cumsum(count), bad[0], side="right"))
+        feature = pc.list_flatten(part["indices"]).to_numpy()[bad[0]]
+        raise DataError(
+            f"{path}: row {part['row'][place].as_py()} has {values[bad[0]]} for feature {feature}; "
+            f"expected finite values ({bad.size} are not); run featurize again, or reject that document"
+        )
+
+
+def add_start(folder: Path, model_files, names: list[str], earlier_names: list[str]) -> None:
+    """Write earlier models, turned to the labels of this run, beside the arrays (see `ovr.Start`)."""
+    number = {name: label_id for label_id, name in enumerate(names)}
+    found: dict[int, tuple] = {}
+    for path in model_files:
+        part = pq.read_table(path, columns=["label_id", "bias", "indices", "weights", "status"]).combine_chunks()
+        for row in range(part.num_rows):
+            label_id = number.get(earlier_names[part["label_id"][row].as_py()])
+            if label_id is not None and part["status"][row].as_py().startswith(("ok", "not_converged")):
+                found[label_id] = (
+                    part["indices"][row].values.to_numpy(),
+                    part["weights"][row].values.to_numpy(),
+                    part["bias"][row].as_py(),
+                )
+    lengths = [found[label_id][0].size if label_id in found else 0 for label_id in range(len(names))]
+    bias = [found[label_id][2] if label_id in found else np.nan for label_id in range(len(names))]
+    np.save(folder / "start_indptr.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    for k, (name, dtype) in enumerate((("start_indices", np.int32), ("start_weights", np.float32))):
+        pieces = [np.empty(0, dtype), *(found[label_id][k] for label_id in sorted(found))]
+        np.save(folder / f"{name}.npy", np.concatenate(pieces).astype(dtype))
+    np.save(folder / "start_bias.npy", np.array(bias, np.float32))
 
 
 def gold_by_label(document_files, labels: list[str], kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -107,14 +155,15 @@ def gold_pairs(documents: pa.Table, labels: list[str]) -> tuple[np.ndarray, np.n
     return row[mask], found.to_numpy(zero_copy_only=False)[mask].astype(np.int32)
 
 
-def open_shared(folder: Path) -> tuple[Rows, Gold]:
+def open_shared(folder: Path) -> tuple[Rows, Gold, Start | None]:
     """Map the arrays of a built folder."""
-    a = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS}
-    features = int(np.load(folder / "features.npy", allow_pickle=False)[0])
+    present = [*ARRAYS, *(START if (folder / f"{START[0]}.npy").exists() else ())]
     # the kernels want plain arrays: a view on the same pages
-    a = {name: np.asarray(array) for name, array in a.items()}
+    a = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)) for name in present}
+    features = int(np.load(folder / "features.npy", allow_pickle=False)[0])
     rows = Rows(a["indptr"], a["indices"], a["data"], a["squares"], features)
-    return rows, Gold(a["gold_indptr"], a["gold_rows"], a["fold"])
+    start = Start(*(a[name] for name in START)) if START[0] in a else None
+    return rows, Gold(a["gold_indptr"], a["gold_rows"], a["fold"]), start
 
 
 def _column(path, name):

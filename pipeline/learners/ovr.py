@@ -2,24 +2,32 @@
 
     block of labels + X, folds, positives  ->  label_models, curves, histograms
 
-Each label takes one lane for the final model and one for every fold left out; labels share a group of sixteen lanes as
-far as they fit.  With a single held-out fold (train.folds = 0) one lane serves as both.
+Labels are solved in groups of sixteen: once for the final models, once for every fold left out, all lanes of a group
+leaving out the same fold, so that rows of that fold cost nothing.  Where train.C or train.positive_weight is a list, a
+group is solved for each value, and every label keeps the one whose out-of-fold scores are best.  With a single
+held-out fold (train.folds = 0) one lane serves as final model and for the scores.
 """
 
+import fcntl
+import itertools
 import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.kernels import curves, lockstep
-from pipeline.kernels.lockstep import Rows
-from pipeline.kernels.simd import LANES
+from pipeline.kernels import calibration, curves, lanes, lockstep, pruning
+from pipeline.kernels.lockstep import LOSSES, Lanes, Rows
+from pipeline.kernels.simd import LANES, aligned
 from pipeline.tables import TABLES
 
 log = logging.getLogger(__name__)
 
 POOLED = -1  # `fold` of a curve over all folds
+LEAST_NEGATIVES = 1_000  # of a label whose negatives are sampled
 
 
 class Gold(NamedTuple):
@@ -33,6 +41,51 @@ class Gold(NamedTuple):
         return self.rows[self.indptr[label_id] : self.indptr[label_id + 1]]
 
 
+class Extras(NamedTuple):
+    """What else is known of each label."""
+
+    keys: np.ndarray  # (L,) uint64: seeds of random draws; from the label's name, so that they outlive its id
+    positive: np.ndarray  # (L,) float64: factor of C for positives
+    negative: np.ndarray  # (L,) float64: factor of C for negatives
+
+    @classmethod
+    def plain(cls, labels: int) -> "Extras":
+        return cls(np.arange(labels, dtype=np.uint64), np.ones(labels), np.ones(labels))
+
+
+class Start(NamedTuple):
+    """Earlier models, by label: the solver starts from them."""
+
+    indptr: np.ndarray  # (L + 1,) int64
+    indices: np.ndarray  # (nnz,) int32
+    weights: np.ndarray  # (nnz,) float32
+    bias: np.ndarray  # (L,) float32; NaN: there is no earlier model
+
+    def weights_of(self, group: Sequence[int], features: int) -> np.ndarray:
+        """The earlier weights of a group as the solver has them: ((d + 1) * 16,) float32, bias NaN where unknown."""
+        W = aligned((features + 1) * LANES)
+        columns = W.reshape(-1, LANES)
+        columns[-1] = np.nan
+        for j, label_id in enumerate(group):
+            inside = slice(self.indptr[label_id], self.indptr[label_id + 1])
+            columns[self.indices[inside], j] = self.weights[inside]
+            columns[-1, j] = self.bias[label_id]
+        return W
+
+
+class Candidate(NamedTuple):
+    """One choice among those that train.C and train.positive_weight list."""
+
+    C: float
+    positive_weight: float | None  # None: balanced
+
+
+def candidates(cfg) -> list[Candidate]:
+    """All combinations, smallest C first."""
+    weights = (None,) if cfg.positive_weight == "balanced" else cfg.positive_weight
+    return [Candidate(*pair) for pair in itertools.product(cfg.C, weights)]
+
+
 def left_out(folds: int) -> list[int | None]:
     """The fold that each lane of a label leaves out; the first lane is the model that is kept.
 
@@ -44,115 +97,265 @@ def left_out(folds: int) -> list[int | None]:
     return [None, *range(folds)] if folds else [0]
 
 
-def fit_block(label_ids, X: Rows, gold: Gold, cfg, at_label=lambda: None) -> dict[str, pa.Table]:
+def groups(label_ids: Sequence[int], labels_per_block: int) -> list[list[int]]:
+    """Labels that are solved together: what a group holds decides its bits, so it never depends on the block."""
+    size = min(LANES, labels_per_block)
+    return [list(label_ids[start : start + size]) for start in range(0, len(label_ids), size)]
+
+
+def fit_block(
+    label_ids: Sequence[int],
+    X: Rows,
+    gold: Gold,
+    cfg,
+    extras: Extras | None = None,
+    start: Start | None = None,
+    over: Callable[[], bool] = lambda: False,
+    after_group: Callable[[list[int], float], None] = lambda group, seconds: None,
+) -> dict[str, pa.Table]:
     """Solve the lanes of some labels.
 
     Args:
-        label_ids: ids of the labels; order decides which of them share a group.
+        label_ids: ids of the labels; sixteen that follow one another are a group.
         X: training rows.
         cfg: TrainConfig.
-        at_label: called after each label, for progress.
+        extras: weights and seeds by label; None: weight 1.
+        start: earlier models to start from.
+        over: asked before each group; when true, the labels left get the status `out_of_time`.
+        after_group: called with the labels of each group and its seconds.
 
     Returns:
         Tables label_models, curves and histograms with one row a label (and fold).  A label without positives or
         without negatives gets a constant model; one that fails gets a row with the cause in `status`.
     """
-    models: list[dict] = []
-    curve_rows: list[dict] = []
-    histogram_rows: list[dict] = []
-    lanes = left_out(cfg.folds)
-    solvable = []
-    for label_id in label_ids:
-        positives = gold.positives(label_id)
-        used = X.size if lanes[0] is None else int(np.count_nonzero(gold.fold != lanes[0]))
-        kept = positives.size if lanes[0] is None else int(np.count_nonzero(gold.fold[positives] != lanes[0]))
-        if 0 < kept < used:
-            solvable.append(label_id)
-        else:
-            models.append(_constant(label_id, kept, used, cfg))
-            at_label()
-    per_group = LANES // len(lanes)
-    for start in range(0, len(solvable), per_group):
-        group = solvable[start : start + per_group]
-        try:
-            parts = _fit_group(group, X, gold, cfg, lanes)
-        except (ArithmeticError, MemoryError, ValueError) as error:
-            log.warning("labels %s failed: %s", group, error)
-            parts = [_failed(label_id, error, X, gold, cfg) for label_id in group], [], []
-        for into, part in zip((models, curve_rows, histogram_rows), parts, strict=True):
-            into.extend(part)
-        for _ in group:
-            at_label()
+    extras = extras or Extras.plain(gold.indptr.size - 1)
+    rows: tuple[list[dict], ...] = ([], [], [])
+    inside = np.ones(X.size, bool) if cfg.sample == 1 else lanes.sample(X.size, np.uint64(cfg.seed), cfg.sample)
+    trained = inside if cfg.folds else inside & (gold.fold != 0)
+    used = int(np.count_nonzero(trained))
+    for group in groups(label_ids, cfg.labels_per_block):
+        began = time.perf_counter()
+        late = over()
+        solvable = []
+        for label_id in group:
+            kept = int(np.count_nonzero(trained[gold.positives(label_id)]))
+            if late:
+                rows[0].append(_constant(label_id, kept, used, "out_of_time"))
+            elif 0 < kept < used:
+                solvable.append(label_id)
+            else:
+                rows[0].append(_constant(label_id, kept, used))
+        if solvable:
+            for into, part in zip(rows, _isolated(solvable, X, gold, cfg, extras, start, inside), strict=True):
+                into.extend(part)
+        after_group(group, time.perf_counter() - began)
     return {
-        name: pa.Table.from_pylist(rows, schema=TABLES[name].schema).sort_by(
+        name: pa.Table.from_pylist(part, schema=TABLES[name].schema).sort_by(
             [(k, "ascending") for k in TABLES[name].key]
         )
-        for name, rows in (("label_models", models), ("curves", curve_rows), ("histograms", histogram_rows))
+        for name, part in zip(("label_models", "curves", "histograms"), rows, strict=True)
     }
 
 
-def lane_signs(group, gold: Gold, lanes) -> np.ndarray:
-    """(n * 16,) int8: +1, -1, or 0 where the row is left out; lanes that serve no label are 0 throughout."""
-    sign = np.zeros((gold.fold.size, LANES), np.int8)
+def failed_block(label_ids: Sequence[int], gold: Gold, cause: str) -> dict[str, pa.Table]:
+    """The tables of a block that could not be solved at all: base rates, with the cause as status."""
+    return {
+        "label_models": constant_rows(sorted(label_ids), np.diff(gold.indptr), gold.fold.size, f"failed: {cause}"),
+        **{name: TABLES[name].schema.empty_table() for name in ("curves", "histograms")},
+    }
+
+
+def constant_rows(label_ids: Sequence[int], support: np.ndarray, rows: int, status: str) -> pa.Table:
+    """Rows of label_models for labels that are not trained, at their base rate."""
+    models = [_constant(label_id, int(support[label_id]), rows, status) for label_id in label_ids]
+    return pa.Table.from_pylist(models, schema=TABLES["label_models"].schema)
+
+
+_warm: list[float] = []
+
+
+def warm_up(lock_folder: Path, cfg) -> float:
+    """Have every kernel compiled, or read from numba's cache; seconds that this process took, 0 the second time.
+
+    One process of a host compiles, under a lock, and the others read what it has cached.
+    """
+    if _warm:
+        return 0.0
+    began = time.perf_counter()
+    n = 8
+    X = Rows(np.arange(n + 1), np.zeros(n, np.int32), np.ones(n, np.float32), np.full(n, 2, np.float32), 1)
+    gold = Gold(np.array([0, n // 2]), np.arange(n // 2, dtype=np.int32), (np.arange(n) % 2).astype(np.int8))
+    with open(lock_folder / "compile.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        fit_block([0], X, gold, cfg.model_copy(update={"C": (1.0, 2.0), "folds": 2, "sample": 0.99, "max_epochs": 4}))
+    _warm.append(time.perf_counter() - began)
+    return _warm[0]
+
+
+def _isolated(group, X, gold, cfg, extras, start, inside):
+    """The rows of a group; where it fails, its labels one by one, so that one bad label costs only itself."""
+    try:
+        return _fit_group(group, X, gold, cfg, extras, start, inside)
+    except Exception as error:
+        log.warning("labels %s failed together: %s: %s", group, type(error).__name__, error)
+        if len(group) == 1:
+            model = _constant(group[0], gold.positives(group[0]).size, X.size, _cause(error))
+            return [model], [], []
+    alone = [_isolated([label_id], X, gold, cfg, extras, start, inside) for label_id in group]
+    return tuple(list(itertools.chain.from_iterable(part)) for part in zip(*alone, strict=True))
+
+
+def _cause(error):
+    return f"failed: {type(error).__name__}: {error}"
+
+
+class _Fitted(NamedTuple):
+    """A group's final models and out-of-fold scores under one candidate."""
+
+    W: np.ndarray  # (d + 1, 16), pruned
+    held: np.ndarray  # (rows held out, 16) float32: scores by the model that did not see the row
+    C: np.ndarray  # (16,) and so are the following
+    positive_weight: np.ndarray
+    epochs: np.ndarray
+    primal: np.ndarray
+    gap: np.ndarray  # relative, after pruning
+    solver_gap: np.ndarray  # relative, before pruning, the largest over the label's lanes
+    quality: np.ndarray  # smaller is better
+
+
+def _fit_group(group, X, gold, cfg, extras, start, inside):
+    held = np.flatnonzero(gold.fold >= 0 if cfg.folds else gold.fold == 0).astype(np.int32)
+    positive = np.zeros((held.size, len(group)), np.bool_)
+    place = np.full(X.size, -1, np.int64)
+    place[held] = np.arange(held.size)
     for j, label_id in enumerate(group):
-        for k, fold in enumerate(lanes):
-            lane = j * len(lanes) + k
-            sign[:, lane] = -1
-            sign[gold.positives(label_id), lane] = 1
-            if fold is not None:
-                sign[gold.fold == fold, lane] = 0
-    return sign.ravel()
-
-
-def _fit_group(group, X, gold, cfg, lanes):
-    sign = lane_signs(group, gold, lanes)
-    cost = np.full(LANES, cfg.C, np.float32)
-    solution = lockstep.solve(X, sign, cost, cost, cfg.gap, cfg.max_epochs, cfg.seed)
-    columns = solution.W.reshape(-1, LANES)
-    if not np.isfinite(solution.primal).all():
-        raise ArithmeticError("the weights are not finite; the features hold values too large for float32")
-    finals = [j * len(lanes) for j in range(len(group))]
-    cuts = lockstep.prune_cuts(X, solution, finals, sign, cost, cost, cfg.prune)
-    for j, cut in enumerate(cuts):
-        for lane in range(finals[j], finals[j] + len(lanes)):
-            lockstep.drop_small(columns, lane, cut)
-    # scores, objective and gap are those of the weights that are kept
-    lockstep.margins(X.indptr, X.indices, X.data, solution.W, solution.Z)
-    scores = solution.Z.reshape(-1, LANES)
-    primal = lockstep.squared_norms(solution.W) / 2 + lockstep.losses(solution.Z, sign, cost, cost)
-    gaps = lockstep.relative_gap(primal, solution.dual)
-    # lane of a label that did not see a row's fold
-    blind = np.full(int(gold.fold.max(initial=0)) + 1, -1)
-    for k, fold in enumerate(lanes):
-        if fold is not None and fold < blind.size:
-            blind[fold] = k
-    held = np.flatnonzero(blind[gold.fold] >= 0)
+        found = place[gold.positives(label_id)]
+        positive[found[found >= 0], j] = True
+    best = None
+    for candidate in candidates(cfg):
+        fitted = _fit_candidate(group, X, gold, cfg, extras, start, inside, candidate, held, place)
+        if len(candidates(cfg)) > 1:
+            scores = fitted.held
+            quality = [QUALITIES[cfg.choose](scores[:, j], positive[:, j]) for j in range(len(group))]
+            fitted = fitted._replace(quality=np.array(quality + [np.inf] * (LANES - len(group))))
+        best = fitted if best is None else _better(best, fitted)
     models, curve_rows, histogram_rows = [], [], []
+    trained = inside if cfg.folds else inside & (gold.fold != 0)
+    used = int(np.count_nonzero(trained))
     for j, label_id in enumerate(group):
-        final = finals[j]
-        kept = np.flatnonzero(columns[:-1, final]).astype(np.int32)
-        solved = solution.gaps[final : final + len(lanes)].max() <= cfg.gap
+        w = np.ascontiguousarray(best.W[:, j])
+        features = np.flatnonzero(w[:-1]).astype(np.int32)
+        kept = int(np.count_nonzero(trained[gold.positives(label_id)]))
         models.append(
             {
                 "label_id": label_id,
-                "bias": columns[-1, final],
-                "indices": kept,
-                "weights": columns[kept, final],
-                "C": cfg.C,
-                "epochs": solution.epochs,
-                "gap": float(gaps[final]),
-                "objective": float(primal[final]),
-                "status": "ok" if solved else "not_converged",
+                "bias": w[-1],
+                "indices": features,
+                "weights": w[features],
+                "C": best.C[j],
+                "positive_weight": best.positive_weight[j]
+                if candidates(cfg)[0].positive_weight
+                else (used - kept) / kept,
+                "epochs": int(best.epochs[j]),
+                "gap": best.gap[j],
+                "solver_gap": best.solver_gap[j],
+                "objective": best.primal[j],
+                "status": "ok" if best.solver_gap[j] <= cfg.gap else "not_converged",
             }
         )
-        positive = np.zeros(X.size, np.bool_)
-        positive[gold.positives(label_id)] = True
-        positive, own = positive[held], scores[held, final + blind[gold.fold[held]]]
-        for fold in (POOLED, *(f for f in lanes if f is not None)):
-            inside = slice(None) if fold == POOLED else gold.fold[held] == fold
-            curve_rows.append(_curve_row(label_id, fold, own[inside], positive[inside]))
-            histogram_rows.append(_histogram_row(label_id, fold, own[inside], positive[inside]))
+        own = np.ascontiguousarray(best.held[:, j])
+        for fold in (POOLED, *(f for f in left_out(cfg.folds) if f is not None)):
+            seen = slice(None) if fold == POOLED else gold.fold[held] == fold
+            curve_rows.append(_curve_row(label_id, fold, own[seen], positive[seen, j]))
+            histogram_rows.append(_histogram_row(label_id, fold, own[seen], positive[seen, j]))
     return models, curve_rows, histogram_rows
+
+
+def _better(best: _Fitted, other: _Fitted) -> _Fitted:
+    """Lane by lane the fit of better quality; the earlier one where they are equal."""
+    take = other.quality < best.quality
+    return _Fitted(*(np.where(take, new, old) for old, new in zip(best, other, strict=True)))
+
+
+def _fit_candidate(group, X, gold, cfg, extras, start, inside, candidate, held, place):
+    scores = np.zeros((held.size, LANES), np.float32)
+    solver_gap = np.zeros(LANES)
+    earlier = None if start is None else start.weights_of(group, X.features)
+    for fold in left_out(cfg.folds):
+        rows = inside if fold is None else inside & (gold.fold != fold)
+        problem = group_lanes(group, gold, cfg, extras, candidate, rows)
+        solution = lockstep.solve(X, problem, cfg.gap, cfg.max_epochs, cfg.seed, earlier)
+        if not np.isfinite(solution.primal).all():
+            raise ArithmeticError("the weights are not finite; the features hold values too large for float32")
+        solver_gap = np.maximum(solver_gap, solution.gaps)
+        if fold is None or not cfg.folds:
+            final, pruned = solution, pruning.prune(X, problem, solution, cfg.prune)
+            kept = pruned.W
+        else:
+            kept = np.empty_like(solution.W)
+            pruning.keep_large(solution.W, pruned.cuts, kept)
+        if fold is not None:
+            unseen = held[gold.fold[held] == fold]
+            Z = np.empty(unseen.size * LANES, np.float32)
+            lockstep.margins(X.indptr, X.indices, X.data, unseen, kept, Z)
+            scores[place[unseen]] = Z.reshape(-1, LANES)
+    return _Fitted(
+        W=pruned.W.reshape(-1, LANES),
+        held=scores,
+        C=np.full(LANES, candidate.C),
+        positive_weight=np.full(LANES, candidate.positive_weight or np.nan),
+        epochs=np.full(LANES, final.epochs),
+        primal=pruned.primal,
+        gap=lockstep.relative(pruned.primal - final.primal + final.gap, pruned.primal),
+        solver_gap=solver_gap,
+        quality=np.zeros(LANES),
+    )
+
+
+def group_lanes(group, gold: Gold, cfg, extras: Extras, candidate: Candidate, inside: np.ndarray) -> Lanes:
+    """The lanes of up to sixteen labels over the rows that are `inside`."""
+    n = int(np.count_nonzero(inside))
+    positives = [gold.positives(label_id) for label_id in group]
+    count = np.array([np.count_nonzero(inside[rows]) for rows in positives], np.float64)
+    keep = np.ones(len(group))
+    if cfg.negatives:
+        wanted = np.maximum(cfg.negatives * count, LEAST_NEGATIVES)
+        keep = np.minimum(wanted / np.maximum(n - count, 1), 1.0)
+    keys = extras.keys[list(group)] + np.uint64(cfg.seed)
+    sign = lanes.signs(inside, positives, keep, keys)
+    # a sampled negative stands for those that were not drawn
+    drawn = lockstep.tally(sign)[1][: len(group)]
+    stands_for = np.where(drawn > 0, (n - count) / np.maximum(drawn, 1), 1.0)
+    c_pos, c_neg = np.ones(LANES), np.ones(LANES)
+    c_pos[: len(group)] = candidate.C * extras.positive[list(group)]
+    c_neg[: len(group)] = candidate.C * extras.negative[list(group)] * stands_for
+    if candidate.positive_weight is None:  # as scikit-learn's class_weight="balanced"
+        c_pos[: len(group)] *= n / (2 * np.maximum(count, 1))
+        c_neg[: len(group)] *= n / (2 * np.maximum(n - count, 1))
+    else:
+        c_pos[: len(group)] *= candidate.positive_weight
+    return Lanes(sign, c_pos.astype(np.float32), c_neg.astype(np.float32), LOSSES[cfg.loss])
+
+
+def calibrated_log_loss(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Mean log loss after Platt's map fitted to the same scores, from their histogram; nats a row."""
+    positives, negatives = (c.astype(np.float64) for c in curves.histogram(scores, positive))
+    centres = curves.bin_centres()
+    a, b = calibration.platt(centres, positives, negatives)
+    z = a * centres + b
+    loss = positives * np.logaddexp(0, -z) + negatives * np.logaddexp(0, z)
+    return float(loss.sum() / max(scores.size, 1))
+
+
+def best_f1_loss(scores: np.ndarray, positive: np.ndarray) -> float:
+    """1 - the best F1 of any cut, smoothed as (2 tp + 1) / (2 tp + fp + fn + 2)."""
+    _, tp, fp = curves.curve(scores, positive)
+    if tp.size == 0:
+        return 1.0
+    return float(1 - np.max((2 * tp + 1) / (tp + fp + np.count_nonzero(positive) + 2)))
+
+
+QUALITIES = {"log_loss": calibrated_log_loss, "f1": best_f1_loss}
 
 
 def _curve_row(label_id, fold, scores, positive):
@@ -181,28 +384,18 @@ def _histogram_row(label_id, fold, scores, positive):
     }
 
 
-def _constant(label_id, positives, rows, cfg):
-    """The log-odds of the smoothed base rate: the label is on none, or on all, of the training rows."""
-    bias = float(np.log((positives + 0.5) / (rows - positives + 0.5)))
-    status = "no_positives" if positives == 0 else "no_negatives"
-    return _weightless(label_id, bias, status, cfg)
-
-
-def _failed(label_id, error, X, gold, cfg):
-    """The base rate, so that the ranking of the other labels is not disturbed."""
-    model = _constant(label_id, gold.positives(label_id).size, X.size, cfg)
-    return {**model, "status": f"failed: {type(error).__name__}: {error}"}
-
-
-def _weightless(label_id, bias, status, cfg):
+def _constant(label_id, positives, rows, status=None):
+    """The log-odds of the smoothed base rate, so that the ranking of the other labels is not disturbed."""
     return {
         "label_id": label_id,
-        "bias": bias,
+        "bias": float(np.log((positives + 0.5) / (rows - positives + 0.5))),
         "indices": [],
         "weights": [],
-        "C": cfg.C,
+        "C": 0.0,
+        "positive_weight": 0.0,
         "epochs": 0,
         "gap": 0.0,
+        "solver_gap": 0.0,
         "objective": 0.0,
-        "status": status,
+        "status": status or ("no_positives" if positives == 0 else "no_negatives"),
     }

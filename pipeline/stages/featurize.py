@@ -26,8 +26,11 @@ def featurize(spark, run: Run, attempt: Path, cfg) -> Outcome:
     """Fit the vocabulary and write one TF-IDF row a document.  Raises DataError where no term is left."""
     pairs = list(zip(run.files("documents"), run.files("folds"), strict=True))
     training = run.finished("split")["documents"]["train"]
-    counted, collisions = count_terms(spark, pairs, cfg.featurize.ngrams, cfg.featurize.min_df)
-    vocabulary = choose_terms(counted, training, cfg.featurize)
+    if cfg.featurize.vocabulary:
+        vocabulary, collisions = Run(cfg.featurize.vocabulary).read("vocabulary", verify=True), 0
+    else:
+        counted, collisions = count_terms(spark, pairs, cfg.featurize.ngrams, cfg.featurize.min_df)
+        vocabulary = choose_terms(counted, training, cfg.featurize)
     if vocabulary.num_rows == 0:
         raise DataError(
             f"no term stands in at least {cfg.featurize.min_df} of {training} training documents; "

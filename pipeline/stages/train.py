@@ -4,32 +4,35 @@
 
 One Spark job; a task is a block of labels.  The matrix is mapped once per host.  A block that is done has its marker,
 so a second run solves only what is missing; what a block holds depends on the data and the settings alone, never on who
-solved it.
+solved it.  `refit` solves some labels again, or for the first time, and leaves the rows of all others as they are.
 """
 
 import json
 import logging
+import os
+import socket
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
 
-from pipeline.errors import DataError, shown
-from pipeline.learners import matrix
-from pipeline.learners.ovr import fit_block
+from pipeline.errors import ConfigError, DataError, InputError, shown
+from pipeline.host import free_disk, free_memory, shown_bytes
+from pipeline.learners import matrix, placement
+from pipeline.learners.ovr import Extras, candidates, constant_rows, failed_block, fit_block, warm_up
 from pipeline.learners.tagger import Weights
-from pipeline.stages.parts import Outcome, run_tasks
+from pipeline.stages.parts import Outcome, hashes, run_tasks
 from pipeline.store import Run, digest, entry, sync_file, write_json, write_part
 
 log = logging.getLogger(__name__)
 
 BLOCK_TABLES = ("label_models", "curves", "histograms")
-
-
-def blocks(train_support: np.ndarray, per_block: int) -> list[list[int]]:
-    """Label ids of each block.  Frequent labels, which cost most, come first; neighbours in support share a block."""
-    order = np.argsort(-train_support, kind="stable")
-    return [order[start : start + per_block].tolist() for start in range(0, order.size, per_block)]
+UNFINISHED = ("out_of_time", "not_selected")  # statuses of labels that were not begun
 
 
 def train(spark, run: Run, attempt: Path, cfg, key: str) -> Outcome:
@@ -39,106 +42,380 @@ def train(spark, run: Run, attempt: Path, cfg, key: str) -> Outcome:
         attempt: folder of the blocks; it stays the same for the same fingerprint, so that a killed run is resumed.
         key: names the matrix in the host's cache.
 
-    Raises DataError where more than train.max_failed labels failed.
+    Raises DataError where more than train.max_failed labels failed, ConfigError where the memory of a host is too small.
     """
-    support = run.read("label_support")["train"].to_numpy()
-    names = run.read("labels", ["label"])["label"].to_pylist()
-    features = run.finished("featurize")["terms"]
-    todo = blocks(support, cfg.train.labels_per_block)
+    work = _Work(spark, run, attempt, cfg, key)
+    todo = work.planned()
     done = {number: found for number in range(len(todo)) if (found := finished_block(attempt, number))}
     if done:
         log.info("train: %d of %d blocks are done already", len(done), len(todo))
-    sources = {
-        "cache_dir": cfg.spark.cache_dir,
-        "key": key,
-        "feature_files": [str(p) for p in run.files("features")],
-        "fold_files": [str(p) for p in run.files("folds")],
-        "document_files": [str(p) for p in run.files("documents")],
-        "labels": names,
-        "features": features,
-    }
-    shared = spark.sparkContext.broadcast(sources)
     missing = [number for number in range(len(todo)) if number not in done]
-    solved = run_tasks(
-        spark,
-        f"train: {len(missing)} blocks of {cfg.train.labels_per_block} labels",
-        _solver(shared, cfg.train),
-        [(number, todo[number], str(attempt)) for number in missing],
-    )
-    matrix.clean(matrix.host_folder(cfg.spark.cache_dir, key))
-    done.update(zip(missing, solved, strict=True))
+    done.update(zip(missing, work.solve([(number, todo[number]) for number in missing]), strict=True))
     facts = [done[number] for number in range(len(todo))]
-    _refuse_failures(attempt, facts, names, cfg.train.max_failed)
     tables = {name: [f["tables"][name] for f in facts] for name in BLOCK_TABLES}
-    models = [attempt / e["file"] for e in tables["label_models"]]
-    paths = Weights.build(attempt, models, features, len(names))
-    for path in paths:
-        sync_file(path)
-    tables["weights"] = [entry(path, attempt, np.load(path, mmap_mode="r").shape[0]) for path in paths]
-    statuses: dict[str, int] = {}
-    for f in facts:
-        for status, count in f["statuses"].items():
-            statuses[status] = statuses.get(status, 0) + count
-    return Outcome(
-        tables,
-        {
-            "blocks": len(todo),
-            "blocks_resumed": len(todo) - len(missing),
-            "statuses": statuses,
-            "nonzero_weights": tables["weights"][1]["rows"],
-            "largest_gap": max(f["largest_gap"] for f in facts),
-            "block_seconds": [round(f["seconds"], 2) for f in facts],
-        },
-    )
+    return work.outcome(tables, facts, len(todo) - len(missing))
+
+
+def refit(spark, run: Run, attempt: Path, cfg, key: str, names: Sequence[str]) -> Outcome:
+    """Solve the labels `names` only; the rows of all others are those of the finished stage, or `not_selected`.
+
+    attempt: a new folder; parts of the finished stage that hold none of the labels are linked into it.
+    """
+    work = _Work(spark, run, attempt, cfg, key)
+    number = {name: label_id for label_id, name in enumerate(work.names)}
+    chosen = sorted(number[name] for name in names)
+    kept = {name: _kept_parts(run, attempt, name, chosen) for name in BLOCK_TABLES}
+    first = max((int(item["file"].rsplit("-", 1)[1].split(".")[0]) + 1 for item in kept["label_models"]), default=0)
+    if run.manifest("train") is None:
+        others = sorted(set(range(len(work.names))) - set(chosen))
+        rows = constant_rows(others, work.support, int(work.rows), "not_selected")
+        kept["label_models"] = [write_part(attempt, "label_models", rows, first)]
+        first += 1
+    todo = work.arranged(chosen)
+    facts = work.solve([(first + k, block) for k, block in enumerate(todo)])
+    tables = {name: [*kept[name], *(f["tables"][name] for f in facts)] for name in BLOCK_TABLES}
+    return work.outcome(tables, facts, 0)
+
+
+def _kept_parts(run, attempt, name, chosen):
+    """The parts of the finished stage without the rows of the labels `chosen`."""
+    if run.manifest("train") is None:
+        return []
+    entries = []
+    for path, item in zip(run.files(name, verify=True), run.finished("train")["tables"][name], strict=True):
+        number = int(path.stem.rsplit("-", 1)[1])
+        ids = pq.read_table(path, columns=["label_id"])["label_id"]
+        mask = pc.is_in(ids, value_set=pa.array(chosen, pa.int32()))
+        if pc.any(mask).as_py():
+            entries.append(write_part(attempt, name, pq.read_table(path).filter(pc.invert(mask)), number))
+        else:
+            try:
+                os.link(path, attempt / path.name)
+            except OSError:  # a file system without hard links
+                (attempt / path.name).write_bytes(path.read_bytes())
+                sync_file(attempt / path.name)
+            entries.append(item)
+    return entries
+
+
+class _Work:
+    """The labels of a run, and the job that solves some of them."""
+
+    def __init__(self, spark, run: Run, attempt: Path, cfg, key: str):
+        self.spark, self.run, self.attempt, self.cfg, self.key = spark, run, attempt, cfg, key
+        self.began = time.time()
+        self.support = run.read("label_support")["train"].to_numpy()
+        self.names = run.read("labels", ["label"])["label"].to_pylist()
+        featurized = run.finished("featurize")
+        self.features, self.nonzeros = featurized["terms"], featurized["nonzeros"]
+        self.rows = run.finished("split")["documents"]["train"]
+        self.earlier = earlier_run(cfg.train.warm_start, run) if cfg.train.warm_start else None
+
+    def arranged(self, only: Iterable[int] | None = None) -> list[list[int]]:
+        """Blocks of all labels, or of some, by expected cost."""
+        per_block = self.cfg.train.labels_per_block
+        groups = placement.label_groups(self.support, per_block, None if only is None else list(only))
+        known = learned_seconds(self.earlier or self.run, self.attempt, self.names)
+        costs = [placement.expected_cost(self.support, group, known) for group in groups]
+        labels = sum(map(len, groups))
+        return placement.blocks(groups, costs, -(-labels // per_block))
+
+    def planned(self) -> list[list[int]]:
+        """The blocks of this attempt: arranged once, so that a resumed run has the same."""
+        path = self.attempt / "blocks.json"
+        try:
+            plan = json.loads(path.read_text())
+            if sorted(label for block in plan for label in block) == list(range(len(self.names))):
+                return plan
+        except (OSError, ValueError, TypeError):
+            pass
+        plan = self.arranged()
+        write_json(path, plan)
+        return plan
+
+    def solve(self, tasks: list[tuple[int, list[int]]]) -> list[dict]:
+        """Facts of each block, solved by one Spark job."""
+        if not tasks:
+            return []
+        cfg, run = self.cfg, self.run
+        self._refuse_too_large()
+        positive, negative = label_weights(cfg.train.label_weights, self.names)
+        earlier = self.earlier
+        shared = self.spark.sparkContext.broadcast(
+            {
+                "cache_dir": cfg.spark.cache_dir,
+                "key": self.key,
+                "feature_files": [str(p) for p in run.files("features")],
+                "fold_files": [str(p) for p in run.files("folds")],
+                "document_files": [str(p) for p in run.files("documents")],
+                "labels": self.names,
+                "features": self.features,
+                "extras": Extras(hashes(pa.array(self.names, pa.string()), "train"), positive, negative),
+                "start": None
+                if earlier is None
+                else {
+                    "model_files": [str(p) for p in earlier.files("label_models", verify=True)],
+                    "earlier_names": earlier.read("labels", ["label"])["label"].to_pylist(),
+                },
+                "deadline": self.began + cfg.train.budget if cfg.train.budget else np.inf,
+                "give_up": max(attempts(self.spark) - 1, 1),
+            }
+        )
+        labels = sum(len(block) for _, block in tasks)
+        found: list[dict] = []
+        try:
+            found = run_tasks(
+                self.spark,
+                f"train: {labels} labels in {len(tasks)} blocks",
+                _solver(shared, cfg.train),
+                [(number, block, str(self.attempt)) for number, block in tasks],
+            )
+        finally:
+            self._clean({(f["host"], f["folder"]) for f in found})
+        return found
+
+    def _refuse_too_large(self):
+        """Stop before any work where the matrix and the workers do not fit a host."""
+        matrix_size = placement.matrix_bytes(self.rows, self.nonzeros, int(self.support.sum()))
+        worker = placement.worker_bytes(self.rows, self.features, len(candidates(self.cfg.train)))
+        cache_dir = self.cfg.spark.cache_dir
+        folder = matrix.host_folder(cache_dir, self.key)
+        slots = self.spark.sparkContext.defaultParallelism
+        if self.spark.sparkContext.master.startswith("local["):
+            hosts = {socket.gethostname(): (free_memory(), free_disk(folder), folder.is_dir())}
+        else:
+            probes = run_tasks(self.spark, "train: look at the hosts", _probe, [(cache_dir, self.key)] * (2 * slots))
+            hosts = {host: (memory, disk, there) for host, memory, disk, there in probes}
+        each = -(-slots // len(hosts))
+        for host, (memory, disk, there) in sorted(hosts.items()):
+            needed = matrix_size + each * worker
+            if needed > memory:
+                raise ConfigError(
+                    f"train needs {shown_bytes(needed)} of memory on {host}: {shown_bytes(matrix_size)} for the matrix "
+                    f"({self.rows:,} documents, {self.nonzeros:,} non-zeros) and {shown_bytes(worker)} for each of "
+                    f"{each} workers ({self.features:,} features); {shown_bytes(memory)} are free: fewer cores "
+                    f"(--master local[N], spark.executor.cores), a smaller featurize.max_features "
+                    f"(now {self.cfg.featurize.max_features:,}) or a larger featurize.min_df "
+                    f"(now {self.cfg.featurize.min_df})"
+                )
+            if not there and matrix_size > disk:
+                raise ConfigError(
+                    f"train needs {shown_bytes(matrix_size)} of disk for the matrix in {folder.parent} on {host}; "
+                    f"{shown_bytes(disk)} are free: set spark.cache_dir to a folder of a larger disk"
+                )
+
+    def _clean(self, used: set[tuple[str, str]]):
+        """Remove the matrix from every host that had it; a host that takes no task any more keeps its copy."""
+        here = matrix.host_folder(self.cfg.spark.cache_dir, self.key)
+        matrix.clean(here)
+        left = used - {(socket.gethostname(), str(here))}
+        for _ in range(5):
+            if not left:
+                return
+            count = 4 * self.spark.sparkContext.defaultParallelism
+            left -= set(run_tasks(self.spark, "train: clean the hosts", _cleaner(self.cfg, self.key), [None] * count))
+        log.warning("train: the matrix could not be removed from %s", ", ".join(sorted(f"{h}:{f}" for h, f in left)))
+
+    def outcome(self, tables: dict[str, list[dict]], facts: list[dict], resumed: int) -> Outcome:
+        """Weights by feature, and what is worth knowing of the whole."""
+        models = [self.attempt / item["file"] for item in tables["label_models"]]
+        statuses: dict[str, int] = {}
+        largest = 0.0
+        for path in models:
+            part = pq.read_table(path, columns=["status", "solver_gap"])
+            for status in part["status"].to_pylist():
+                statuses[status] = statuses.get(status, 0) + 1
+            largest = max(largest, pc.max(part["solver_gap"]).as_py() or 0.0)
+        _refuse_failures(self.attempt, statuses, len(self.names), self.cfg.train.max_failed)
+        paths = Weights.build(self.attempt, models, self.features, len(self.names))
+        for path in paths:
+            sync_file(path)
+        tables["weights"] = [entry(path, self.attempt, np.load(path, mmap_mode="r").shape[0]) for path in paths]
+        builds = [f["folder"] for f in facts if f["built"]]
+        return Outcome(
+            tables,
+            {
+                "blocks": len(facts),
+                "blocks_resumed": resumed,
+                "statuses": statuses,
+                "unfinished": sum(statuses.get(status, 0) for status in UNFINISHED),
+                "nonzero_weights": tables["weights"][1]["rows"],
+                "model_bytes": sum(item["bytes"] for item in tables["weights"]),
+                "largest_gap": largest,
+                "block_seconds": [round(f["seconds"], 2) for f in facts],
+                "matrix_builds": {folder: builds.count(folder) for folder in sorted(set(builds))},
+                "compile_seconds": round(max((f["compile_seconds"] for f in facts), default=0.0), 2),
+                "first_block_seconds": round(min((f["first"] for f in facts), default=self.began) - self.began, 2),
+            },
+        )
 
 
 def summary(facts: dict, rows: dict) -> str:
     statuses = facts["statuses"]
     constant = sum(count for status, count in statuses.items() if status.startswith("no_"))
     resumed = f", {facts['blocks_resumed']:,} of them from before" if facts["blocks_resumed"] else ""
-    text = (
+    unfinished = f", {facts['unfinished']:,} not trained yet" if facts["unfinished"] else ""
+    return (
         f"{rows['label_models']:,} labels in {facts['blocks']:,} blocks{resumed}; {constant:,} constant, "
-        f"{statuses.get('not_converged', 0):,} not converged, largest gap {facts['largest_gap']:.2g}, "
-        f"{facts['nonzero_weights']:,} weights"
+        f"{statuses.get('not_converged', 0):,} not converged{unfinished}, largest gap {facts['largest_gap']:.2g}, "
+        f"{facts['nonzero_weights']:,} weights ({shown_bytes(facts['model_bytes'])})"
     )
-    return text
 
 
 def finished_block(folder: Path, number: int) -> dict | None:
-    """Facts of a block whose marker and files are whole, else None."""
+    """Facts of a block whose marker and files are whole and whose labels were all begun, else None."""
     marker = folder / f"block-{number:05d}.json"
     try:
         facts = json.loads(marker.read_text())
         whole = all(digest(folder / e["file"]) == e["sha256"] for e in facts["tables"].values())
+        whole = whole and not any(status in UNFINISHED for status in facts["statuses"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return facts if whole else None
 
 
+def learned_seconds(run: Run, attempt: Path, names: list[str]) -> np.ndarray | None:
+    """Seconds of each label in the last training of `run`, (L,) float64, NaN where unknown; None where there was none.
+
+    They stand in the markers of the blocks, and decide nothing but which groups share a task.
+    """
+    known: dict[str, float] = {}
+    for marker in sorted((run.root / "train").glob("*/block-*.json")):
+        if marker.parent == attempt:
+            continue
+        try:
+            for labels, seconds in json.loads(marker.read_text())["groups"]:
+                known.update(dict.fromkeys(labels, seconds / max(len(labels), 1)))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return np.array([known.get(name, np.nan) for name in names]) if known else None
+
+
+def earlier_run(path: str, run: Run) -> Run:
+    """The run that `train.warm_start` names.  Raises ConfigError where its vocabulary is another one."""
+    earlier = Run(path)
+    columns = ["feature_id", "hash"]
+    ours, theirs = (r.read("vocabulary", columns).sort_by("feature_id") for r in (run, earlier))
+    if not ours.equals(theirs):
+        raise ConfigError(
+            f"train.warm_start is {shown(path)}: its vocabulary ({theirs.num_rows:,} terms) is not that of this run "
+            f"({ours.num_rows:,}); expected the same: set featurize.vocabulary to the same folder"
+        )
+    return earlier
+
+
+def label_weights(path: str, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Factors of C for positives and negatives of each label, (L,) float64 each, from `train.label_weights`.
+
+    Raises InputError for a table that cannot be read, ConfigError for one that says something else than expected.
+    """
+    positive, negative = np.ones(len(names)), np.ones(len(names))
+    if not path:
+        return positive, negative
+    try:
+        if path.endswith(".parquet"):
+            table = pq.read_table(path)
+        else:
+            text = pyarrow.csv.ConvertOptions(column_types={"label": pa.string()})
+            table = pyarrow.csv.read_csv(path, convert_options=text)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"train.label_weights is {shown(path)}: cannot be read: {shown(str(error), 200)}") from error
+    missing = {"label"} - set(table.column_names)
+    other = set(table.column_names) - {"label", "positive", "negative"}
+    if missing or other or table.num_columns == 1:
+        raise ConfigError(
+            f"{shown(path)}: columns {', '.join(map(shown, table.column_names))}; "
+            "expected label, and positive or negative or both"
+        )
+    number = {name: label_id for label_id, name in enumerate(names)}
+    seen = set()
+    for row in table.to_pylist():
+        label_id = number.get(row["label"])
+        if label_id is None or label_id in seen:
+            what = "is on no document" if label_id is None else "stands twice"
+            raise ConfigError(f"{shown(path)}: label {shown(repr(row['label']))} {what}; remove the line")
+        seen.add(label_id)
+        for side, values in (("positive", positive), ("negative", negative)):
+            value = row.get(side, 1.0)
+            if not isinstance(value, int | float) or not 1e-4 <= value <= 1e4:
+                raise ConfigError(
+                    f"{shown(path)}: {side} of {shown(repr(row['label']))} is {shown(repr(value))}; "
+                    "expected a number from 0.0001 to 10000 (factor of C)"
+                )
+            values[label_id] = value
+    return positive, negative
+
+
+def attempts(spark) -> int:
+    """How often Spark tries a task."""
+    context = spark.sparkContext
+    if context.master.startswith("local["):
+        inside = context.master[len("local[") : -1].split(",")
+        return int(inside[1]) if len(inside) > 1 else 1
+    return int(context.getConf().get("spark.task.maxFailures", "4"))
+
+
+def _probe(task):
+    cache_dir, key = task
+    folder = matrix.host_folder(cache_dir, key)
+    return socket.gethostname(), free_memory(), free_disk(folder), folder.is_dir()
+
+
+def _cleaner(cfg, key):
+    cache_dir = cfg.spark.cache_dir
+
+    def clean(_):
+        folder = matrix.host_folder(cache_dir, key)
+        matrix.clean(folder)
+        return socket.gethostname(), str(folder)
+
+    return clean
+
+
 def _solver(shared, cfg):
     def solve(task):
+        from pyspark import TaskContext
+
         number, label_ids, attempt = task
-        started = time.monotonic()
         s = shared.value
-        folder = matrix.shared(
-            matrix.host_folder(s["cache_dir"], s["key"]),
-            lambda part: matrix.build(
-                part, s["feature_files"], s["fold_files"], s["document_files"], s["labels"], s["features"]
-            ),
-        )
-        X, gold = matrix.open_shared(folder)
+        folder = matrix.host_folder(s["cache_dir"], s["key"])
+        started = time.monotonic()
+        compile_seconds = warm_up(folder.parent, cfg)
+        built = matrix.shared(folder, lambda part: _build(part, s))
+        X, gold, start = matrix.open_shared(folder)
         opened = time.monotonic()
-        tables = fit_block(label_ids, X, gold, cfg)
-        models = tables["label_models"]
+        groups: list[tuple[list[str], float]] = []
+        first: list[float] = []
+
+        def after_group(group, seconds):
+            groups.append(([s["labels"][label_id] for label_id in group], round(seconds, 4)))
+            first.append(time.time())
+
+        before = TaskContext.get().attemptNumber()
+        if before >= s["give_up"]:
+            # Spark would give up the whole run; what kills a worker again and again is one block's affair
+            tables = failed_block(label_ids, gold, f"the worker died {before} times; out of memory?")
+        else:
+            try:
+                late = s["deadline"]
+                tables = fit_block(label_ids, X, gold, cfg, s["extras"], start, lambda: time.time() > late, after_group)
+            except Exception as error:
+                log.warning("block %d failed: %s: %s", number, type(error).__name__, error)
+                tables = failed_block(label_ids, gold, f"{type(error).__name__}: {error}")
         statuses: dict[str, int] = {}
-        for status in models["status"].to_pylist():
+        for status in tables["label_models"]["status"].to_pylist():
             statuses[status] = statuses.get(status, 0) + 1
         facts = {
             "tables": {name: write_part(Path(attempt), name, tables[name], number) for name in BLOCK_TABLES},
             "statuses": statuses,
-            "largest_gap": max(models["gap"].to_pylist(), default=0.0),
+            "groups": groups,
             "seconds": time.monotonic() - opened,
             "seconds_to_map": opened - started,
+            "compile_seconds": compile_seconds,
+            "built": built,
+            "host": socket.gethostname(),
+            "folder": str(folder),
+            "first": first[0] if first else time.time(),
         }
         write_json(Path(attempt) / f"block-{number:05d}.json", facts)
         return facts
@@ -146,14 +423,20 @@ def _solver(shared, cfg):
     return solve
 
 
-def _refuse_failures(attempt, facts, names, allowed):
-    failed = {status: count for f in facts for status, count in f["statuses"].items() if status.startswith("failed")}
-    count = sum(c for f in facts for status, c in f["statuses"].items() if status.startswith("failed"))
+def _build(folder, s):
+    matrix.build(folder, s["feature_files"], s["fold_files"], s["document_files"], s["labels"], s["features"])
+    if s["start"]:
+        matrix.add_start(folder, s["start"]["model_files"], s["labels"], s["start"]["earlier_names"])
+
+
+def _refuse_failures(attempt, statuses, labels, allowed):
+    failed = {status: count for status, count in statuses.items() if status.startswith("failed")}
+    count = sum(failed.values())
     if count > allowed:
-        for number, f in enumerate(facts):
-            if any(status.startswith("failed") for status in f["statuses"]):
-                (attempt / f"block-{number:05d}.json").unlink(missing_ok=True)
+        for marker in attempt.glob("block-*.json"):
+            if any(status.startswith("failed") for status in json.loads(marker.read_text())["statuses"]):
+                marker.unlink(missing_ok=True)
         raise DataError(
-            f"{count} of {len(names)} labels failed ({shown(next(iter(failed)), 200)}); "
+            f"{count} of {labels} labels failed ({shown(next(iter(failed)), 200)}); "
             f"at most train.max_failed = {allowed} may"
         )

@@ -1,0 +1,39 @@
+"""What a host has left: memory within its control group, disk under a folder."""
+
+import shutil
+from pathlib import Path
+
+import psutil
+
+CGROUPS = (  # limit and use, version 2 and version 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def free_memory() -> int:
+    """Bytes that processes can still take: what the kernel has, or what the control group allows, if that is less."""
+    free = psutil.virtual_memory().available
+    for limit, used in CGROUPS:
+        try:
+            allowed = int(Path(limit).read_text()) - int(Path(used).read_text())
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+        free = min(free, max(allowed, 0))
+    return free
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that can be written below `folder`, or below its nearest parent that exists."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def shown_bytes(count: float) -> str:
+    """A size for people.
+
+    >>> shown_bytes(1_234_000_000), shown_bytes(56_700_000)
+    ('1.2 GB', '57 MB')
+    """
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
