@@ -42,7 +42,7 @@ def train(spark, run: Run, attempt: Path, cfg, key: str) -> Outcome:
         attempt: folder of the blocks; it stays the same for the same fingerprint, so that a killed run is resumed.
         key: names the matrix in the host's cache.
 
-    Raises DataError where more than train.max_failed labels failed, ConfigError where the memory of a host is too small.
+    Raises DataError where more than train.max_failed labels failed, ConfigError where a host is too small.
     """
     work = _Work(spark, run, attempt, cfg, key)
     todo = work.planned()
