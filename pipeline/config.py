@@ -17,6 +17,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_serializer,
     field_validator,
     model_validator,
 )
@@ -137,7 +138,7 @@ class TrainConfig(Section):
     dev: float = Field(
         0.1, gt=0, lt=1, description="with folds 0 and no dev documents: share of training documents held out"
     )
-    gap: PositiveFloat = Field(0.01, le=1, description="a lane is done when its relative duality gap is below this")
+    gap: PositiveFloat = Field(0.001, le=1, description="a lane is done when its relative duality gap is below this")
     max_epochs: PositiveInt = Field(
         200, le=1_000_000, description="passes over the rows still moving; then status not_converged"
     )
@@ -168,6 +169,10 @@ class TrainConfig(Section):
         if not values or len(set(values)) != len(values) or not all(low <= v <= high for v in values):
             raise ValueError(f"one number, or a list of distinct ones, from {low:g} to {high:g}")
         return tuple(sorted(values))
+
+    @field_serializer("C", "positive_weight")
+    def _one_value_is_shown_as_such(self, values) -> Any:
+        return values[0] if len(values) == 1 else values
 
     @field_validator("folds")
     @classmethod

@@ -71,7 +71,7 @@ def prune(X: Rows, lanes: Lanes, solution: Solution, share: float) -> Pruned:
         waiting &= ~good
         if not waiting.any():
             break
-        rise = np.maximum((primal - solution.primal) / allowed, 1.0, where=allowed > 0, out=np.ones(LANES))
+        rise = np.maximum((primal - solution.primal) / np.where(allowed > 0, allowed, np.inf), 1.0)
         target = np.where(waiting, target * AIM / rise, target)
     keep_large(solution.W, cuts, trial)
     return Pruned(trial, cuts, best)

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.kernels.lockstep import Rows
+from pipeline.learners import placement
 from pipeline.learners.ovr import Gold, fit_block
-from pipeline.stages.train import blocks
 from pipeline.store import Run, digest
 from pipeline.tables import TABLES
 from tests.conftest import SMALL
@@ -99,7 +99,10 @@ def test_spark_trains_what_the_learner_trains(golden):
     X = Rows(indptr, indices, values, squares, golden.manifest("featurize")["terms"])
     Y = Gold(np.cumsum([0, *map(len, rows)]), np.concatenate([*rows, []]).astype(np.int32), fold[kept].astype(np.int8))
     support = golden.read("label_support")["train"].to_numpy()
-    parts = [fit_block(block, X, Y, cfg.train) for block in blocks(support, cfg.train.labels_per_block)]
+    groups = placement.label_groups(support, cfg.train.labels_per_block)
+    blocks = placement.blocks(groups, [placement.expected_cost(support, group) for group in groups], 4)
+    assert sorted(label for block in blocks for label in block) == list(range(8))
+    parts = [fit_block(block, X, Y, cfg.train) for block in blocks]
     for name in ("label_models", "curves", "histograms"):
         expected = pa.concat_tables([part[name] for part in parts])
         assert golden.read(name).equals(expected.cast(TABLES[name].schema)), name

@@ -1,0 +1,285 @@
+"""The stage train: refits, budgets, warm starts, workers that die, hosts that are too small."""
+
+import csv
+import os
+import shutil
+import signal
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyspark import TaskContext, cloudpickle
+
+from jobs import entry
+from pipeline import config
+from pipeline.errors import ConfigError, DataError, InputError
+from pipeline.learners import placement
+from pipeline.stages import train
+from pipeline.store import Run
+from tests.conftest import SMALL
+from tests.spark.test_fit import prints
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not import the tests
+
+AFTER = ("train", "calibrate", "evaluate")
+
+
+@pytest.fixture(scope="module")
+def golden(spark, toy, tmp_path_factory):
+    cfg, _ = config.load(sets=SMALL)
+    return entry.fit(str(tmp_path_factory.mktemp("golden") / "run"), str(toy), cfg)
+
+
+@pytest.fixture
+def copy(golden, tmp_path):
+    """copy(finished): the golden run in a folder of this test, up to the stage `finished`."""
+
+    def make(finished="register"):
+        root = tmp_path / "copy"
+        shutil.copytree(golden.root, root)
+        run = Run(root)
+        names = [stage.name for stage in entry.FIT]
+        run.drop(names[names.index(finished) + 1 :])
+        if finished == "featurize":
+            shutil.rmtree(root / "train")
+        return run
+
+    return make
+
+
+def again(run, *sets, labels=(), only=AFTER, overwrite=False):
+    cfg, _ = config.load(sets=sets, base=run.info["config"])
+    return entry.fit(str(run.root), None, cfg, overwrite, only=only, labels=tuple(labels))
+
+
+def rows(run, table):
+    """Rows by label name and fold."""
+    names = run.read("labels", ["label"])["label"].to_pylist()
+    return {(names[row["label_id"]], row.get("fold")): row for row in run.read(table).to_pylist()}
+
+
+def statuses(run):
+    return {name: row["status"] for (name, _), row in rows(run, "label_models").items()}
+
+
+def test_a_refit_changes_its_labels_and_no_other(golden, copy):
+    run = again(copy(), "train.C=1", labels=["sport", "music"])
+    for table in ("label_models", "curves", "histograms"):
+        before, after = rows(golden, table), rows(run, table)
+        assert before.keys() == after.keys()
+        for key, row in before.items():
+            if key[0] not in ("sport", "music"):
+                assert after[key] == row, (table, key)
+            elif key[1] in (None, -1):  # a fold of few rows may look the same
+                assert after[key] != row, (table, key)
+    assert rows(run, "label_models")["sport", None]["C"] == 1.0
+    assert run.manifest("train")["recipe"]["refits"][0]["labels"] == ["music", "sport"]
+    # weights by feature are those of the table
+    bias = np.load(next(p for p in run.files("weights") if p.stem == "weights-bias"))
+    assert bias.tolist() == run.read("label_models").sort_by("label_id")["bias"].to_pylist()
+    assert run.damage("train") is None
+    # what builds on train follows, and the settings of the run stay
+    assert run.finished("evaluate")["recipe"]["inputs"]["train"] == run.finished("train")["fingerprint"]
+    assert run.info["config"]["train"]["C"] == 20.0
+
+
+def test_after_a_refit_the_run_is_up_to_date(copy, monkeypatch):
+    run = again(copy(), "train.C=1", labels=["sport"])
+    before = prints(run)
+    monkeypatch.setattr(train, "run_tasks", lambda *_: pytest.fail("trained again"))
+    assert prints(again(run)) == before
+
+
+def test_a_second_refit_keeps_the_first(copy):
+    run = again(copy(), "train.C=1", labels=["sport"])
+    run = again(run, "train.C=2", labels=["music"])
+    models = rows(run, "label_models")
+    assert (models["sport", None]["C"], models["music", None]["C"]) == (1.0, 2.0)
+    assert len(run.manifest("train")["recipe"]["refits"]) == 2
+
+
+def test_labels_alone_and_then_the_rest(golden, copy):
+    run = again(copy("featurize"), labels=["sport"])
+    assert statuses(run) == {name: "ok" if name == "sport" else "not_selected" for name in statuses(golden)}
+    assert run.manifest("train")["unfinished"] == 7
+    assert run.read("thresholds")["threshold"].null_count == 7
+    run = again(run)
+    assert statuses(run) == statuses(golden)
+    assert run.manifest("train")["unfinished"] == 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "sets", "says"),
+    [
+        (["spor"], (), "--labels spor: on no document .*the nearest known one is sport"),
+        (["sport"], ("train.folds=2",), "train.folds is 2.*with --labels only settings of train"),
+        (["sport"], ("featurize.min_df=1",), "featurize.min_df is 1.*with --labels only settings of train"),
+    ],
+)
+def test_refits_that_are_refused(golden, copy, labels, sets, says):
+    run = copy()
+    with pytest.raises(ConfigError, match=says):
+        again(run, *sets, labels=labels)
+    assert prints(run) == prints(golden)
+
+
+def test_labels_that_are_not_begun_in_time_wait_for_the_next_run(golden, copy):
+    run = again(copy("featurize"), "train.budget=1e-6")
+    assert set(statuses(run).values()) == {"out_of_time"}
+    assert run.manifest("train")["unfinished"] == 8
+    assert run.finished("evaluate")
+    done = again(run, "train.budget=0")
+    assert {t: prints(done)[t] for t in train.BLOCK_TABLES} == {t: prints(golden)[t] for t in train.BLOCK_TABLES}
+    assert prints(done)["metrics.json"] == prints(golden)["metrics.json"]
+
+
+def test_a_warm_start_ends_where_a_cold_one_does(golden, fit, toy, tmp_path):
+    run = fit(toy, f"featurize.vocabulary={golden.root}", f"train.warm_start={golden.root}", "train.gap=1e-6")
+    cold = fit(toy, "train.gap=1e-6", run=tmp_path / "cold")
+    assert run.read("vocabulary").equals(golden.read("vocabulary"))
+    for (name, _), row in rows(run, "label_models").items():
+        assert row["objective"] == pytest.approx(rows(cold, "label_models")[name, None]["objective"], rel=2e-3)
+    # the earlier run may go: what was made from it stays current
+    moved = golden.root.with_name("moved")
+    golden.root.rename(moved)
+    try:
+        assert prints(again(run)) == prints(run)
+    finally:
+        moved.rename(golden.root)
+
+
+def test_a_warm_start_from_another_vocabulary_is_refused(golden, fit, toy, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(toy.read_text().replace("the", "thy"))
+    with pytest.raises(ConfigError, match=r"its vocabulary .* is not that of this run .*set featurize.vocabulary"):
+        fit(other, f"train.warm_start={golden.root}")
+
+
+def weights_file(path, *lines):
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([("label", "positive", "negative"), *lines])
+    return path
+
+
+def test_weights_of_a_label_change_that_label(golden, copy, tmp_path):
+    path = weights_file(tmp_path / "weights.csv", ("sport", 4, 1), ("music", 1, 0.5))
+    run = again(copy(), f"train.label_weights={path}", overwrite=True)
+    before, after = rows(golden, "label_models"), rows(run, "label_models")
+    assert {name for name, _ in before if before[name, None]["weights"] != after[name, None]["weights"]} >= {
+        "sport",
+        "music",
+    }
+    assert after["sport", None]["bias"] > before["sport", None]["bias"]
+    # another content is another recipe
+    weights_file(path, ("sport", 5, 1))
+    with pytest.raises(ConfigError, match=r"train.label_weights"):
+        again(run)
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([("no such", 1, 1)], "label 'no such' is on no document"),
+        ([("sport", 1, 1), ("sport", 2, 1)], "label 'sport' stands twice"),
+        ([("sport", 0, 1)], "positive of 'sport' is 0; expected a number from 0.0001"),
+    ],
+)
+def test_weights_that_are_refused(tmp_path, lines, says):
+    with pytest.raises(ConfigError, match=says):
+        train.label_weights(str(weights_file(tmp_path / "weights.csv", *lines)), ["sport", "music"])
+
+
+def test_a_weights_file_that_is_missing_or_has_other_columns(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        train.label_weights(str(tmp_path / "none.csv"), ["sport"])
+    (tmp_path / "other.csv").write_text("label,weight\nsport,2\n")
+    with pytest.raises(ConfigError, match="columns label, weight; expected label, and positive or negative or both"):
+        train.label_weights(str(tmp_path / "other.csv"), ["sport"])
+
+
+def deadly(real):
+    """A solver whose worker dies at the second block, whenever that is tried."""
+
+    def solver(shared, cfg):
+        solve = real(shared, cfg)
+
+        def run(task):
+            if task[0] == 1 and TaskContext.get().attemptNumber() < shared.value["give_up"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return solve(task)
+
+        return run
+
+    return solver
+
+
+def test_a_block_whose_worker_dies_again_and_again_costs_its_labels_only(golden, copy, monkeypatch):
+    monkeypatch.setattr(train, "_solver", deadly(train._solver))
+    run = again(copy("featurize"), "train.max_failed=2")
+    failed = {name for name, status in statuses(run).items() if status.startswith("failed: the worker died 3 times")}
+    assert len(failed) == 2
+    before, after = rows(golden, "label_models"), rows(run, "label_models")
+    assert {name for name, _ in before if before[name, None] != after[name, None]} == failed
+
+
+def test_more_failures_than_allowed_end_the_run_and_are_tried_again(golden, copy, monkeypatch):
+    run = copy("featurize")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_solver", deadly(train._solver))
+        with pytest.raises(DataError, match=r"2 of 8 labels failed .*at most train.max_failed = 0 may"):
+            again(run)
+    assert run.manifest("train") is None
+    run = again(run)
+    assert run.manifest("train")["blocks_resumed"] == 3
+    assert prints(run) == prints(golden)
+
+
+def test_a_host_that_is_too_small_is_refused_before_any_work(copy, monkeypatch):
+    run = copy("featurize")
+    monkeypatch.setattr(train, "free_memory", lambda: 300_000_000)
+    monkeypatch.setattr(train, "run_tasks", lambda *_: pytest.fail("begun"))
+    with pytest.raises(ConfigError, match=r"train needs \d+ MB of memory .*featurize.max_features .*featurize.min_df"):
+        again(run)
+    monkeypatch.setattr(train, "free_memory", lambda: 10**12)
+    monkeypatch.setattr(train, "free_disk", lambda folder: 100)
+    with pytest.raises(ConfigError, match=r"train needs .* of disk for the matrix .*set spark.cache_dir"):
+        again(run)
+
+
+def test_one_matrix_a_host_and_none_at_the_end(golden):
+    facts = golden.manifest("train")
+    assert list(facts["matrix_builds"].values()) == [1]
+    assert not any(os.path.exists(folder) for folder in facts["matrix_builds"])
+    assert 0 <= facts["compile_seconds"] < 300
+    assert 0 < facts["first_block_seconds"] <= facts["seconds"] + 1
+
+
+def test_the_next_run_knows_the_seconds_of_this_one(golden, tmp_path):
+    names = golden.read("labels", ["label"])["label"].to_pylist()
+    known = train.learned_seconds(golden, tmp_path, [*names, "new"])
+    assert np.isfinite(known[:-1]).all()
+    assert np.isnan(known[-1])
+    support = np.ones(9, np.int64)
+    assert placement.expected_cost(support, [0, 1], known) == pytest.approx(known[0] + known[1])
+    own = golden.root / "train" / golden.manifest("train")["attempt"]
+    assert train.learned_seconds(golden, own, names) is None
+
+
+def test_native_threads_do_not_multiply_the_cores_of_spark(spark):
+    def threads(_):
+        import numba
+        import numpy  # noqa: F401  (brings its BLAS)
+        from threadpoolctl import threadpool_info
+
+        return [numba.get_num_threads(), *(pool["num_threads"] for pool in threadpool_info())]
+
+    assert set(spark.sparkContext.parallelize(range(2), 2).flatMap(threads).collect()) == {1}
+
+
+def test_several_values_of_C_are_chosen_from_per_label(copy):
+    run = again(copy(), "train.C=[0.01,20]", overwrite=True)
+    chosen = {name: row["C"] for (name, _), row in rows(run, "label_models").items() if row["status"] == "ok"}
+    assert set(chosen.values()) <= {0.01, 20.0}
+    assert 20.0 in chosen.values()
+    assert isinstance(run.read("label_models"), pa.Table)
