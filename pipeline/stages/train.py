@@ -74,7 +74,8 @@ def refit(spark, run: Run, attempt: Path, cfg, key: str, names: Sequence[str]) -
     todo = work.arranged(chosen)
     facts = work.solve([(first + k, block) for k, block in enumerate(todo)])
     tables = {name: [*kept[name], *(f["tables"][name] for f in facts)] for name in BLOCK_TABLES}
-    return work.outcome(tables, facts, 0)
+    outcome = work.outcome(tables, facts, 0)
+    return outcome._replace(facts={**outcome.facts, "solved_anew": len(chosen)})
 
 
 def _kept_parts(run, attempt, name, chosen):
@@ -255,8 +256,10 @@ def summary(facts: dict, rows: dict) -> str:
     constant = sum(count for status, count in statuses.items() if status.startswith("no_"))
     resumed = f", {facts['blocks_resumed']:,} of them from before" if facts["blocks_resumed"] else ""
     unfinished = f", {facts['unfinished']:,} not trained yet" if facts["unfinished"] else ""
+    anew = f"{facts['solved_anew']:,} of " if "solved_anew" in facts else ""
+    blocks = f"{facts['blocks']:,} block{'' if facts['blocks'] == 1 else 's'}"
     return (
-        f"{rows['label_models']:,} labels in {facts['blocks']:,} blocks{resumed}; {constant:,} constant, "
+        f"{anew}{rows['label_models']:,} labels in {blocks}{resumed}; {constant:,} constant, "
         f"{statuses.get('not_converged', 0):,} not converged{unfinished}, largest gap {facts['largest_gap']:.2g}, "
         f"{facts['nonzero_weights']:,} weights ({shown_bytes(facts['model_bytes'])})"
     )
