@@ -33,7 +33,16 @@ OTHER = {
     "featurize.max_features": 10,
     "featurize.ngrams": 2,
     "featurize.sublinear": False,
+    "featurize.vocabulary": "runs/before",
     "train.C": 1.0,
+    "train.loss": "squared_hinge",
+    "train.positive_weight": 2.0,
+    "train.label_weights": "weights.csv",
+    "train.choose": "f1",
+    "train.negatives": 10.0,
+    "train.sample": 0.5,
+    "train.warm_start": "runs/before",
+    "train.budget": 60.0,
     "train.folds": 5,
     "train.dev": 0.2,
     "train.gap": 0.1,
@@ -83,6 +92,7 @@ NO_RESULT = {
     "ingest.max_rejected",
     "ingest.max_labels",
     "train.max_failed",
+    "train.budget",
 }
 
 
