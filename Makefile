@@ -2,9 +2,10 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+export TAGMILL_PEERS ?= .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench lint lock clean
+.PHONY: help setup demo test test-slow bench bench-env lint lock clean
 
 help:  ## what can be made
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,8 +31,16 @@ test: $(VENV)/.ok  ## the tests, without the slow ones
 test-slow: $(VENV)/.ok  ## the slow tests: kills and resumes, real corpora (with TAGMILL_DATA set)
 	$(BIN)/python -m pytest -q -m slow
 
-bench: $(VENV)/.ok  ## speed of the lanes against scikit-learn, side by side
-	$(BIN)/python -m pytest -q -s -m bench
+bench: $(VENV)/.ok bench-env  ## speed and memory against other libraries, side by side (with TAGMILL_DATA set)
+	$(BIN)/python -m pytest -q -s -m bench tests/bench
+	$(BIN)/python -m tests.bench flat hinge folds tree growth start
+
+bench-env: $(TAGMILL_PEERS)/.ok  ## the other libraries in an environment of their own, from their hashed lock
+
+$(TAGMILL_PEERS)/.ok: tests/bench/peers.lock | $(VENV)/.ok
+	$(PYTHON) -m venv $(TAGMILL_PEERS)
+	$(BIN)/uv pip sync --quiet --require-hashes --build-constraints $< --python $(TAGMILL_PEERS)/bin/python $<
+	@touch $@
 
 lint: $(VENV)/.ok  ## ruff, types of the public interface, layers
 	$(BIN)/ruff check .

@@ -71,26 +71,88 @@ def expected_calibration_error(Y, P, bins):
     return sum(gaps) / np.size(P)
 
 
-def logistic_objective(X, y, c, w):
-    """1/2 |w|^2 + sum_i c_i log(1 + exp(-y_i w.x_i)); X (n, d) dense with the bias column, y -1 or +1."""
-    return w @ w / 2 + np.sum(c * np.logaddexp(0.0, -y * (X @ w)))
+def loss_of(margin, loss):
+    """log(1 + exp(-m)), or max(0, 1 - m)^2."""
+    return np.logaddexp(0.0, -margin) if loss == "logistic" else np.maximum(0.0, 1.0 - margin) ** 2
 
 
-def logistic_optimum(X, y, c):
-    """The minimiser of `logistic_objective`: Newton's method with halving, the Hessian written out."""
-    X = np.asarray(X, np.float64)
+def objective(X, y, c, w, loss="logistic"):
+    """1/2 |w|^2 + sum_i c_i loss(y_i w.x_i); X (n, d) dense with the bias column, y -1, +1, or 0: not in the lane."""
+    return w @ w / 2 + np.sum(c * (y != 0) * loss_of(y * (X @ w), loss))
+
+
+def dual_objective(X, y, c, a, loss="logistic"):
+    """-1/2 |sum a_i y_i x_i|^2 - sum conjugate_i(a_i): below every `objective`; -inf where an a_i is not allowed."""
+    w = X.T @ (a * y)
+    total = -(w @ w) / 2
+    for a_i, c_i, y_i in zip(a, c, y, strict=True):
+        if y_i == 0:
+            continue
+        if a_i < 0 or (loss == "logistic" and a_i > c_i):
+            return -np.inf
+        if loss == "logistic":
+            p = a_i / c_i
+            total -= c_i * sum(x * math.log(x) for x in (p, 1 - p) if x > 0)
+        else:
+            total += a_i - a_i**2 / (4 * c_i)
+    return total
+
+
+def optimum(X, y, c, loss="logistic"):
+    """The minimiser of `objective`: Newton's method with halving, the (generalised) Hessian written out."""
+    X, y, c = np.asarray(X, np.float64), np.asarray(y, np.float64), c * (np.asarray(y) != 0)
     w = np.zeros(X.shape[1])
     for _ in range(200):
-        p = 1.0 / (1.0 + np.exp(np.clip(y * (X @ w), -700, 700)))  # probability of the wrong side
-        gradient = w - X.T @ (c * y * p)
+        m = y * (X @ w)
+        if loss == "logistic":
+            p = 1.0 / (1.0 + np.exp(np.clip(m, -700, 700)))  # probability of the wrong side
+            slope, curvature = c * p, c * p * (1 - p)
+        else:
+            slope, curvature = 2 * c * np.maximum(0, 1 - m), 2 * c * (m < 1)
+        gradient = w - X.T @ (slope * y)
         if np.abs(gradient).max() < 1e-9:
             break
-        step = np.linalg.solve(np.eye(w.size) + X.T @ ((c * p * (1 - p))[:, None] * X), gradient)
-        size, now = 1.0, logistic_objective(X, y, c, w)
-        while size > 1e-9 and logistic_objective(X, y, c, w - size * step) > now:
+        step = np.linalg.solve(np.eye(w.size) + X.T @ (curvature[:, None] * X), gradient)
+        size, now = 1.0, objective(X, y, c, w, loss)
+        while size > 1e-9 and objective(X, y, c, w - size * step, loss) > now:
             size /= 2
         w = w - size * step
     return w
+
+
+def best_dual(base, q, c, loss="logistic"):
+    """The a that is optimal for one row whose margin is base + q a: the root of a falling function, by bisection."""
+
+    def wanted(a):  # what a would be at the margin that it makes itself
+        m = base + q * a
+        if loss == "squared_hinge":
+            return 2 * c * max(0.0, 1.0 - m)
+        return c / (1 + math.exp(m)) if m < 700 else 0.0
+
+    low, high = 0.0, max(wanted(0.0), 1e-300)
+    for _ in range(300):
+        a = (low + high) / 2
+        low, high = (a, high) if wanted(a) > a else (low, a)
+    return (low + high) / 2
+
+
+def splitmix64(key, count):
+    """The first numbers of the generator `key`, 64 bits each (Steele, Lea, Flood 2014), in whole numbers of Python."""
+    mask, found = 2**64 - 1, []
+    for i in range(1, count + 1):
+        z = (key + i * 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        found.append(z ^ (z >> 31))
+    return found
+
+
+def least_makespan(costs, count):
+    """The smallest possible load of the fullest of `count` blocks, by trying every assignment."""
+    loads = {(0.0,) * count}
+    for cost in costs:
+        loads = {tuple(sorted((*load[:k], load[k] + cost, *load[k + 1 :]))) for load in loads for k in range(count)}
+    return min(max(load) for load in loads)
 
 
 def terms_of(text, ngrams):

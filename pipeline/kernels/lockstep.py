@@ -139,7 +139,7 @@ def _gap_term(loss, c, a, margin):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def sweep(indptr, indices, data, squares, sign, c_pos, c_neg, loss, rows, W, A, scale, least, sizes, sums):
-    """Visit `rows` once, in order, and move every lane's dual variable of a row to its optimum.
+    """Visit `rows` once, in order, and move every lane's dual variable of a row to its optimum, or most of the way.
 
     Args:
         indptr (n + 1,) int64, indices (nnz,) int32, data (nnz,) float32: X, without the bias.
@@ -372,7 +372,8 @@ def solve(X: Rows, lanes: Lanes, gap: float, max_epochs: int, seed: int, earlier
     rows = np.flatnonzero(used).astype(np.int32)
     solver = _Solver(X, lanes, rows, gap, max_epochs, seed, positives, negatives)
     solver.start_from_sample(earlier)
-    solver.visit(rows)
+    # every row moves: a dual variable of the sample may lie above the C of its row, where its gap term means nothing
+    solver.visit(rows, least=-1.0)
     while not solver.over():
         solver.settle()
         if solver.certified():
@@ -456,7 +457,8 @@ class _Solver:
                 X = self.X
                 hard = below(X.indptr, X.indices, X.data, self.lanes.sign, self.rows, earlier, known, HARD)
         for stride, times in START:
-            if self.rows.size < stride * START_ROWS:
+            times = min(times, self.max_epochs - 1)
+            if self.rows.size < stride * START_ROWS or times < 1:
                 continue
             pieces = sampled(self.lanes, self.rows, self.positives, stride, hard)
             for _ in range(times):
@@ -464,14 +466,15 @@ class _Solver:
                 self.epochs += 1
             self.primal = squared_norms(self.W) / 2 + sum(losses for losses, _ in seen)
 
-    def visit(self, rows):
+    def visit(self, rows, least=None):
         """One sweep; returns the gap terms of the visited rows, as a share of the objective."""
-        seen = self._sweep(rows, self.lanes.c_pos, self.lanes.c_neg, LEAST * self.share * self.gap)
+        least = LEAST * self.share * self.gap if least is None else least
+        seen = self._sweep(rows, self.lanes.c_pos, self.lanes.c_neg, least)
         self.epochs += 1
         if rows.size == self.rows.size:
             self.primal = squared_norms(self.W) / 2 + seen[0]
         left = relative(seen[1], self.primal)
-        self.level = left[self.open].mean()
+        self.level = left[self.open].mean() if self.open.any() else 0.0
         return left
 
     def moving(self):

@@ -292,7 +292,7 @@ def sigmoid(x):
 
 @nb.njit(inline="always")
 def log(x):
-    """Natural logarithm of positive normal float32; relative error below 3e-7 away from 1, absolute 1e-7 near it.
+    """Natural logarithm of positive normal float32; relative error below 3e-7, near 1 too, where it is 0.
 
     log m = 2 artanh(s), s = (m - 1) / (m + 1), |s| <= 1/5: the series ends after s**9.
     """
@@ -309,7 +309,7 @@ def log(x):
 
 @nb.njit(inline="always")
 def exp(x):
-    """e**x, float32; see `exp2`."""
+    """e**x for |x| <= 87, float32; relative error below 2e-6 for |x| <= 20 and below 5e-6 beyond; see `sigmoid`."""
     return exp2(mul(x, splat(f4(1.4426950408889634))))
 
 
@@ -334,7 +334,7 @@ def exp64(x):
 
 @nb.njit(inline="always")
 def log64(x):
-    """Natural logarithm of positive normal float64, relative error below 4e-16 away from 1; see `log`."""
+    """Natural logarithm of positive normal float64, relative error below 6e-16, near 1 too; see `log`."""
     m = _mantissa(x)
     s = div(sub(m, splat64(1.0)), add(m, splat64(1.0)))
     z = mul(s, s)

@@ -1,20 +1,25 @@
 """Matrices of the real corpora for the benchmarks, made by the library's own functions without Spark, kept as .npy.
 
-python -m tests.bench.matrices eurlex57k FOLDER        (TAGMILL_DATA names the folder of corpora)
+    python -m tests.bench.matrices CORPUS [FOLDER]        (TAGMILL_DATA names the folder of corpora)
 
-indptr, indices, data    training rows, CSR, TF-IDF, no bias column
-test_*                   the same of the test rows
-fold                     0 to 2 for each training row, by hash of doc_id
-gold_indptr, gold_rows   the training rows of each label;  test_gold_*: of the test rows
+FOLDER/CORPUS, where FOLDER is TAGMILL_BENCH or lies below the temporary folder unless given, then holds
+
+    indptr, indices, data    training rows, CSR, TF-IDF, no bias column
+    test_*                   the same of the test rows
+    features                 how many there are
+    fold                     0 to 2 for each training row, by hash of doc_id
+    gold_indptr, gold_rows   the training rows of each label;  test_gold_*: of the test rows
 """
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
@@ -22,10 +27,11 @@ from pipeline.config import Config
 from pipeline.kernels.lockstep import Rows, row_squares
 from pipeline.learners.ovr import Gold
 from pipeline.learners.vectorizer import Vocabulary, batches, count_documents, one_array, vectorize
-from pipeline.stages.featurize import _merged, choose_terms
+from pipeline.stages.featurize import choose_terms
 from pipeline.stages.parts import hashes
 
-NAMES = ("indptr", "indices", "data", "gold_indptr", "gold_rows")
+FOLDS = 3
+LAST = "fold.npy"  # written when all else is there
 
 
 class Corpus(NamedTuple):
@@ -38,67 +44,93 @@ class Corpus(NamedTuple):
 
 
 def corpus(name: str, folder: Path | None = None) -> Corpus:
-    """The matrices of corpus `name`; made on first use, then read from `folder` (default: TAGMILL_BENCH or /tmp)."""
-    folder = Path(folder or os.environ.get("TAGMILL_BENCH") or f"/tmp/tagmill-bench-{os.getuid()}") / name
-    if not (folder / "fold.npy").exists():
+    """The matrices of corpus `name`, made on first use."""
+    return read(made(name, folder))
+
+
+def made(name: str, folder: Path | None = None) -> Path:
+    """Where the matrices of corpus `name` are, made on first use.  LookupError says why they cannot be."""
+    root = folder or os.environ.get("TAGMILL_BENCH") or Path(tempfile.gettempdir()) / f"tagmill-bench-{os.getuid()}"
+    folder = Path(root) / name
+    if not (folder / LAST).exists():
+        data = os.environ.get("TAGMILL_DATA")
+        if not data:
+            raise LookupError(f"TAGMILL_DATA is not set; it names the folder of corpora that holds {name}")
+        if not (Path(data) / name / "documents.parquet").exists():
+            raise LookupError(f"TAGMILL_DATA has no {name}/documents.parquet")
         folder.mkdir(parents=True, exist_ok=True)
-        _make(Path(os.environ["TAGMILL_DATA"]) / name, folder)
-    a = {path.stem: np.load(path, allow_pickle=False) for path in folder.glob("*.npy")}
-    d = int(a["features"][0])
+        _make(Path(data) / name, folder)
+    return folder
+
+
+def read(folder: Path) -> Corpus:
+    """The matrices in `folder`."""
+
+    def load(name):
+        return np.load(folder / f"{name}.npy", allow_pickle=False)
 
     def side(prefix, fold):
-        indptr, indices, data, gold_indptr, gold_rows = (a[prefix + name] for name in NAMES)
-        rows = Rows(indptr, indices, data, row_squares(np.diff(indptr), data), d)
-        return rows, Gold(gold_indptr, gold_rows, fold)
+        indptr, data = load(f"{prefix}indptr"), load(f"{prefix}data")
+        squares = row_squares(np.diff(indptr), data)
+        rows = Rows(indptr, load(f"{prefix}indices"), data, squares, int(load("features")[0]))
+        return rows, Gold(load(f"{prefix}gold_indptr"), load(f"{prefix}gold_rows"), fold(rows.size))
 
-    return Corpus(*side("", a["fold"]), *side("test_", np.zeros(a["test_indptr"].size - 1, np.int8)))
+    return Corpus(*side("", lambda _: load("fold")), *side("test_", lambda n: np.zeros(n, np.int8)))
 
 
 def _make(source, folder):
     table = pq.read_table(source / "documents.parquet").combine_chunks()
-    split = np.array(table["split"].to_pylist(), object)
-    if (source / "suggested_split.csv").exists():
-        as_text = pyarrow.csv.ConvertOptions(column_types={"doc_id": pa.string()})
-        given = pyarrow.csv.read_csv(source / "suggested_split.csv", convert_options=as_text)
-        by_id = dict(zip(given["doc_id"].to_pylist(), given["split"].to_pylist(), strict=True))
-        split = np.array([by_id[d] for d in table["doc_id"].to_pylist()], object)
-    cfg = Config()
-    train = np.flatnonzero(split == "train")
-    test = np.flatnonzero(split == "test")
-    # as the pipeline orders rows: by a hash of the identity
-    order = np.argsort(hashes(table["doc_id"].cast(pa.string()), "order")[train], kind="stable")
-    train = train[order]
-    texts = table.select(["doc_id", "text", "labels"])
-    counted = []
-    for batch in batches(texts.take(train)):
-        counted.append(count_documents(one_array(batch["text"]), cfg.featurize.ngrams))
-        if len(counted) > 8:
-            counted = [_merged(counted)]
-    merged = _merged(counted)
-    merged = merged.filter(
-        pa.compute.greater_equal(merged["df"] if "df" in merged.column_names else merged["df_sum"], 2)
-    )
-    terms = choose_terms(merged.rename_columns(["hash", "df", "term"]), train.size, cfg.featurize)
-    vocabulary = Vocabulary.from_table(terms)
-    names = sorted({label for labels in table["labels"].to_pylist() for label in labels})
-    number = {label: j for j, label in enumerate(names)}
-    for prefix, rows in (("", train), ("test_", test)):
-        parts = [
-            vectorize(one_array(b["text"]), vocabulary, cfg.featurize.ngrams, cfg.featurize.sublinear)
-            for b in batches(texts.take(rows))
-        ]
-        lengths = np.concatenate([np.diff(indptr) for indptr, _, _ in parts])
-        np.save(folder / f"{prefix}indptr.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-        np.save(folder / f"{prefix}indices.npy", np.concatenate([i for _, i, _ in parts]).astype(np.int32))
-        np.save(folder / f"{prefix}data.npy", np.concatenate([v for _, _, v in parts]).astype(np.float32))
-        pairs = [(number[label], i) for i, r in enumerate(table["labels"].take(rows).to_pylist()) for label in r]
-        label, row = np.array(sorted(pairs), np.int64).T
-        counts = np.bincount(label, minlength=len(names))
-        np.save(folder / f"{prefix}gold_indptr.npy", np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
-        np.save(folder / f"{prefix}gold_rows.npy", row.astype(np.int32))
-    np.save(folder / "features.npy", np.array([terms.num_rows]))
-    ids = table["doc_id"].cast(pa.string()).take(train)
-    np.save(folder / "fold.npy", (hashes(ids, "fold 0") % np.uint64(3)).astype(np.int8))
+    doc_id, split = table["doc_id"].cast(pa.string()), _split(source, table)
+    train, test = np.flatnonzero(split == "train"), np.flatnonzero(split == "test")
+    train = train[np.argsort(hashes(doc_id, "order")[train], kind="stable")]  # as the pipeline orders rows
+    cfg = Config().featurize
+    vocabulary = _vocabulary(table.select(["text"]).take(train), cfg)
+    names = pc.unique(pc.list_flatten(table["labels"])).sort()
+    for prefix, chosen in (("", train), ("test_", test)):
+        part = table.select(["text", "labels"]).take(chosen)
+        for name, array in (_rows(part, vocabulary, cfg) | _gold(part["labels"], names)).items():
+            np.save(folder / f"{prefix}{name}.npy", array)
+    np.save(folder / "features.npy", np.array([vocabulary.ids.size]))
+    np.save(folder / LAST, (hashes(doc_id.take(train), "fold 0") % np.uint64(FOLDS)).astype(np.int8))
+
+
+def _split(source, table):
+    """train, dev or test of each document, (n,) object: as suggested beside the corpus, or as it says itself."""
+    if not (source / "suggested_split.csv").exists():
+        return np.array(table["split"].to_pylist(), object)
+    as_text = pyarrow.csv.ConvertOptions(column_types={"doc_id": pa.string()})
+    given = pyarrow.csv.read_csv(source / "suggested_split.csv", convert_options=as_text)
+    place = pc.index_in(table["doc_id"].cast(pa.string()), value_set=given["doc_id"].combine_chunks())
+    return np.array(given["split"].take(place).to_pylist(), object)
+
+
+def _vocabulary(texts, cfg):
+    counted = [count_documents(one_array(batch["text"]), cfg.ngrams) for batch in batches(texts)]
+    merged = pa.concat_tables(counted).group_by("hash").aggregate([("df", "sum"), ("term", "min")])
+    merged = merged.select(["hash", "df_sum", "term_min"]).rename_columns(["hash", "df", "term"])
+    frequent = merged.filter(pc.greater_equal(merged["df"], cfg.min_df))
+    return Vocabulary.from_table(choose_terms(frequent, texts.num_rows, cfg))
+
+
+def _rows(texts, vocabulary, cfg):
+    parts = [vectorize(one_array(b["text"]), vocabulary, cfg.ngrams, cfg.sublinear) for b in batches(texts)]
+    lengths = np.concatenate([[0], *(np.diff(indptr) for indptr, _, _ in parts)])
+    return {
+        "indptr": np.cumsum(lengths).astype(np.int64),
+        "indices": np.concatenate([indices for _, indices, _ in parts]).astype(np.int32),
+        "data": np.concatenate([values for _, _, values in parts]).astype(np.float32),
+    }
+
+
+def _gold(labels, names):
+    labels = labels.combine_chunks()
+    row = pc.list_parent_indices(labels).to_numpy()
+    label = pc.index_in(pc.list_flatten(labels), value_set=names).to_numpy()
+    counts = np.bincount(label, minlength=len(names))
+    return {
+        "gold_indptr": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        "gold_rows": row[np.lexsort((row, label))].astype(np.int32),
+    }
 
 
 if __name__ == "__main__":

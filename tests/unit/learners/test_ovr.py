@@ -1,26 +1,41 @@
+import logging
+
 import numpy as np
+import pyarrow as pa
 import pytest
-import scipy.sparse as sp
 from numpy.testing import assert_allclose, assert_array_equal
+from scipy.optimize import minimize
+from sklearn.linear_model import LogisticRegression
+from sklearn.svm import LinearSVC
 
 from pipeline.config import TrainConfig
-from pipeline.kernels import lockstep
-from pipeline.kernels.curves import BINS
-from pipeline.kernels.lockstep import Rows
+from pipeline.kernels import lanes, lockstep
+from pipeline.kernels.curves import BINS, bin_centres
 from pipeline.kernels.simd import LANES
 from pipeline.learners import ovr
-from pipeline.learners.ovr import POOLED, Gold, fit_block, lane_signs, left_out
+from pipeline.learners.ovr import (
+    LEAST_NEGATIVES,
+    POOLED,
+    Candidate,
+    Extras,
+    Gold,
+    Start,
+    best_f1_loss,
+    calibrated_log_loss,
+    candidates,
+    constant_rows,
+    failed_block,
+    fit_block,
+    group_lanes,
+    groups,
+    left_out,
+)
 from pipeline.tables import TABLES
-from tests.reference import counts_at, logistic_objective, logistic_optimum
+from tests.problems import rows_of
+from tests.reference import best_f1, counts_at, objective, optimum
 
 MIDDLE = BINS // 2  # the first bin of scores >= 0
-TIGHT = {"gap": 1e-4, "max_epochs": 500, "C": 5.0, "prune": 0.0}
-
-
-def rows_of(X):
-    X = sp.csr_array(np.asarray(X, np.float32))
-    squares = np.asarray(X.multiply(X).sum(axis=1)).ravel() + 1
-    return Rows(X.indptr.astype(np.int64), X.indices.astype(np.int32), X.data, squares.astype(np.float32), X.shape[1])
+TIGHT = {"gap": 1e-4, "max_epochs": 2000, "C": 5.0, "prune": 0.0}
 
 
 def gold_of(Y, fold):
@@ -42,9 +57,14 @@ def problem(n=120, d=40, L=11, folds=3, seed=0):
     return X, Y, fold
 
 
-def fit(X, Y, fold, labels=None, **settings):
+def fit(X, Y, fold, labels=None, extras=None, start=None, hooks=None, **settings):
     cfg = TrainConfig(**{**TIGHT, **settings})
-    return fit_block(range(np.shape(Y)[1]) if labels is None else labels, rows_of(X), gold_of(Y, fold), cfg)
+    labels = range(np.shape(Y)[1]) if labels is None else labels
+    return fit_block(labels, rows_of(X), gold_of(Y, fold), cfg, extras, start, **(hooks or {}))
+
+
+def models(*args, **kwargs):
+    return fit(*args, **kwargs)["label_models"].to_pylist()
 
 
 def by_key(table, *key):
@@ -58,70 +78,98 @@ def dense_model(row, d):
     return w
 
 
+def with_bias(X):
+    return np.hstack([np.float32(X), np.ones((len(X), 1))]).astype(np.float64)
+
+
+def assert_same_model(a, b, d):
+    """Two rows of label_models solve the same problem, each up to its gap: |w - w*|^2 / 2 <= P - D."""
+    assert a["status"] == b["status"] == "ok"
+    reach = sum(np.sqrt(2 * row["objective"] * (row["gap"] + 2e-6)) for row in (a, b))
+    assert np.linalg.norm(dense_model(a, d) - dense_model(b, d)) <= reach
+    assert_allclose(a["objective"], b["objective"], rtol=a["gap"] + b["gap"] + 2e-6)
+
+
+def without_labels(table, *labels):
+    return [row for row in table.to_pylist() if row["label_id"] not in labels]
+
+
 def test_the_first_lane_leaves_nothing_out_unless_one_fold_is_held():
     assert left_out(3) == [None, 0, 1, 2]
     assert left_out(15) == [None, *range(15)]
     assert left_out(0) == [0]
 
 
-def test_lane_signs_are_gold_outside_the_fold_left_out():
+def test_groups_are_sixteen_labels_that_follow_one_another_or_fewer():
+    assert groups(range(40), 100) == [list(range(16)), list(range(16, 32)), list(range(32, 40))]
+    assert groups([9, 4, 7], 2) == [[9, 4], [7]]
+    assert groups([], 5) == []
+
+
+def test_lanes_of_a_group_are_gold_inside_the_rows_that_take_part():
     _, Y, fold = problem(L=5)
-    sign = lane_signs([4, 1], gold_of(Y, fold), left_out(3))
-    assert sign.dtype == np.int8
-    sign = sign.reshape(-1, LANES)
-    for j, label_id in enumerate((4, 1)):
-        for k, out in enumerate((None, 0, 1, 2)):
-            want = np.where(Y[:, label_id], 1, -1) * (fold != out if out is not None else 1)
-            assert_array_equal(sign[:, 4 * j + k], want)
-    assert_array_equal(sign[:, 8:], 0)
+    cfg = TrainConfig(C=3.0, loss="squared_hinge")
+    extras = Extras(np.arange(5, dtype=np.uint64), np.arange(1.0, 6.0), np.arange(1.0, 6.0) / 10)
+    for inside in (np.ones(len(fold), bool), fold != 1):
+        found = group_lanes([4, 1], gold_of(Y, fold), cfg, extras, Candidate(3.0, 2.0), inside)
+        sign = found.sign.reshape(-1, LANES)
+        assert sign.dtype == np.int8
+        for j, label_id in enumerate((4, 1)):
+            assert_array_equal(sign[:, j], np.where(Y[:, label_id], 1, -1) * inside)
+        assert_array_equal(sign[:, 2:], 0)
+        assert_allclose(found.c_pos[:2], [3 * 5 * 2, 3 * 2 * 2])
+        assert_allclose(found.c_neg[:2], [3 * 0.5, 3 * 0.2])
+        assert (found.c_pos > 0).all() and (found.c_neg > 0).all()
+        assert found.loss == lockstep.SQUARED_HINGE
 
 
-def test_models_are_the_optimum_of_each_label():
+@pytest.mark.parametrize("loss", ["logistic", "squared_hinge"])
+def test_models_are_the_optimum_of_each_label(loss):
     X, Y, fold = problem(L=4)
-    dense = np.hstack([X.astype(np.float32), np.ones((X.shape[0], 1))])
-    tables = fit(X, Y, fold)
-    c = np.full(X.shape[0], TIGHT["C"])
-    for row in tables["label_models"].to_pylist():
+    dense, c = with_bias(X), np.full(len(X), TIGHT["C"])
+    for row in models(X, Y, fold, loss=loss):
         y = np.where(Y[:, row["label_id"]], 1, -1)
-        best = logistic_objective(dense, y, c, logistic_optimum(dense, y, c))
-        w = dense_model(row, X.shape[1])
+        best = objective(dense, y, c, optimum(dense, y, c, loss), loss)
         assert row["status"] == "ok"
-        assert_allclose(row["objective"], logistic_objective(dense, y, c, w), rtol=1e-6)
+        assert_allclose(row["objective"], objective(dense, y, c, dense_model(row, X.shape[1]), loss), rtol=1e-6)
         assert best * (1 - 1e-6) <= row["objective"] <= best * (1 + TIGHT["gap"])
-        assert -1e-6 <= row["gap"] <= TIGHT["gap"]
-        assert row["C"] == TIGHT["C"]
+        assert -1e-6 <= row["gap"] <= row["solver_gap"] <= TIGHT["gap"]
+        assert (row["C"], row["positive_weight"]) == (TIGHT["C"], 1.0)
 
 
-def out_of_fold_scores(X, Y, fold, label_id, folds):
-    """Each fold scored by an optimum over the rows outside it."""
-    dense = np.hstack([X.astype(np.float32), np.ones((X.shape[0], 1))])
-    y = np.where(Y[:, label_id], 1, -1)
+def out_of_fold_scores(X, Y, fold, label_id, folds, loss="logistic", weight=lambda y: np.ones(y.shape)):
+    """Each fold scored by an optimum over the rows outside it; weight(y) are factors of C of the rows trained on."""
+    dense, y = with_bias(X), np.where(Y[:, label_id], 1, -1)
     S = np.full(X.shape[0], np.nan)
     for f in folds:
-        c = TIGHT["C"] * (fold != f)
-        S[fold == f] = dense[fold == f] @ logistic_optimum(dense, y, c)
+        seen = fold != f
+        w = optimum(dense[seen], y[seen], TIGHT["C"] * weight(y[seen]), loss)
+        S[~seen] = dense[~seen] @ w
     return S
 
 
+def assert_curve_is_of(row, S, positive):
+    """A cut that no score is near: the counts above it must be the same for both solutions."""
+    for cut, tp, fp in zip(row["cut"], row["tp"], row["fp"], strict=True):
+        if np.abs(S - cut).min() > 0.02:
+            assert (tp, fp) == counts_at(S, positive, cut)
+    assert abs(len(row["cut"]) - np.unique(S[positive]).size) <= 1
+    assert row["tp"][-1] == row["positives"]
+
+
 @pytest.mark.parametrize("folds", [0, 2, 3, 5, 7, 15])
-def test_curves_are_of_scores_by_the_model_that_left_the_fold_out(folds):
+@pytest.mark.parametrize("loss", ["logistic", "squared_hinge"])
+def test_curves_are_of_scores_by_the_model_that_left_the_fold_out(folds, loss):
     X, Y, fold = problem(n=60, L=3, folds=folds)
-    tables = fit(X, Y, fold, folds=folds, gap=1e-5)
+    tables = fit(X, Y, fold, folds=folds, gap=1e-5, loss=loss)
     curves = by_key(tables["curves"], "label_id", "fold")
     held = range(folds) if folds else [0]
     assert set(curves) == {(j, f) for j in range(3) for f in (POOLED, *held)}
     for j in range(3):
-        S = out_of_fold_scores(X, Y, fold, j, held)
+        S = out_of_fold_scores(X, Y, fold, j, held, loss)
         for f in (POOLED, *held):
             inside = (fold == f) if f != POOLED else ~np.isnan(S)
-            row = curves[j, f]
-            # a cut that no score is near: the counts above it must be the same for both solutions
-            for cut, tp, fp in zip(row["cut"], row["tp"], row["fp"], strict=True):
-                if np.abs(S[inside] - cut).min() > 0.02:
-                    assert (tp, fp) == counts_at(S[inside], Y[inside, j], cut)
-            levels = np.unique(S[inside & Y[:, j]])
-            assert abs(len(row["cut"]) - levels.size) <= 1
-            assert row["tp"][-1] == row["positives"]
+            assert_curve_is_of(curves[j, f], S[inside], Y[inside, j])
 
 
 @pytest.mark.parametrize("folds", [2, 3, 5, 15])
@@ -176,15 +224,18 @@ def test_pooled_counts_are_the_sum_over_folds(folds):
             assert sum(histograms[j, POOLED][kind]) == curves[j, POOLED][kind]
 
 
+# -- labels that are not solved ----------------------------------------------------------------------------------------
+
+
 def test_a_label_on_no_row_or_on_every_row_has_a_constant_model():
     X, Y, fold = problem(L=5)
     Y[:, 1], Y[:, 3] = False, True
     tables = fit(X, Y, fold)
-    models = tables["label_models"].to_pylist()
-    assert [m["status"] for m in models] == ["ok", "no_positives", "ok", "no_negatives", "ok"]
+    found = tables["label_models"].to_pylist()
+    assert [m["status"] for m in found] == ["ok", "no_positives", "ok", "no_negatives", "ok"]
     for label_id, sign in ((1, -1), (3, 1)):
-        assert_allclose(models[label_id]["bias"], sign * np.log(120.5 / 0.5), rtol=1e-6)
-        assert (models[label_id]["indices"], models[label_id]["weights"]) == ([], [])
+        assert_allclose(found[label_id]["bias"], sign * np.log(120.5 / 0.5), rtol=1e-6)
+        assert (found[label_id]["indices"], found[label_id]["weights"]) == ([], [])
     for name in ("curves", "histograms"):
         assert set(tables[name]["label_id"].to_pylist()) == {0, 2, 4}
 
@@ -193,9 +244,18 @@ def test_with_folds_0_only_the_rows_trained_on_decide_whether_a_model_is_constan
     X, Y, fold = problem(L=3, folds=0)
     Y[:, 0] &= fold == 0
     Y[:, 1] |= fold == 1
-    models = fit(X, Y, fold, folds=0)["label_models"].to_pylist()
-    assert [m["status"] for m in models] == ["no_positives", "no_negatives", "ok"]
-    assert_allclose([m["bias"] for m in models[:2]], [-np.log(60.5 / 0.5), np.log(60.5 / 0.5)], rtol=1e-6)
+    found = models(X, Y, fold, folds=0)
+    assert [m["status"] for m in found] == ["no_positives", "no_negatives", "ok"]
+    assert_allclose([m["bias"] for m in found[:2]], [-np.log(60.5 / 0.5), np.log(60.5 / 0.5)], rtol=1e-6)
+
+
+def test_a_label_whose_positives_are_not_in_the_sample_of_rows_has_a_constant_model():
+    X, Y, fold = problem(L=2)
+    inside = lanes.sample(len(X), np.uint64(0), 0.5)
+    Y[:, 0] &= ~inside
+    found = models(X, Y, fold, sample=0.5)
+    assert [m["status"] for m in found] == ["no_positives", "ok"]
+    assert_allclose(found[0]["bias"], -np.log((inside.sum() + 0.5) / 0.5), rtol=1e-6)
 
 
 def test_a_block_of_constant_labels_only():
@@ -218,8 +278,73 @@ def test_a_fold_model_that_saw_only_negatives_scores_low():
     curves = by_key(tables["curves"], "label_id", "fold")
     assert max(curves[0, 0]["cut"]) < 0
     assert curves[0, 1]["cut"] == curves[0, 1]["tp"] == []
-    S = np.hstack([X, np.ones((X.shape[0], 1))]) @ dense_model(tables["label_models"].to_pylist()[0], X.shape[1])
+    S = with_bias(X) @ dense_model(tables["label_models"].to_pylist()[0], X.shape[1])
     assert S[fold != 0].max() < 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_fold_that_holds_every_row_leaves_its_model_without_rows():
+    X, Y, fold = problem(L=2)
+    tables = fit(X, Y, fold * 0)
+    assert tables["label_models"]["status"].to_pylist() == ["ok", "ok"]
+    for row in tables["histograms"].to_pylist():
+        assert row["bin"] == ([] if row["fold"] > 0 else [MIDDLE])  # a model that saw nothing scores 0
+
+
+def test_labels_left_when_the_time_is_over_have_their_base_rate_and_a_status():
+    X, Y, fold = problem(L=10)
+    want, asked, told = fit(X, Y, fold, labels_per_block=4), [], []
+
+    def over():
+        asked.append(1)
+        return len(asked) > 2
+
+    hooks = {"over": over, "after_group": lambda group, seconds: told.append((group, seconds >= 0))}
+    found = fit(X, Y, fold, hooks=hooks, labels_per_block=4)
+    assert len(asked) == 3
+    assert told == [([0, 1, 2, 3], True), ([4, 5, 6, 7], True), ([8, 9], True)]
+    for name in found:
+        assert without_labels(found[name], 8, 9) == without_labels(want[name], 8, 9)
+    for label_id, row in enumerate(found["label_models"].to_pylist()[8:], 8):
+        share = Y[:, label_id].sum()
+        assert row["status"] == "out_of_time"
+        assert row["bias"] == pytest.approx(np.log((share + 0.5) / (len(Y) - share + 0.5)), rel=1e-5)
+        assert (row["indices"], row["weights"]) == ([], [])
+    assert not {8, 9} & {*found["curves"]["label_id"].to_pylist(), *found["histograms"]["label_id"].to_pylist()}
+
+
+def test_progress_is_told_once_a_group_with_every_label_in_it():
+    X, Y, fold = problem(L=9)
+    Y[:, [2, 4, 5, 6, 7]] = False
+    told = []
+    fit(X, Y, fold, hooks={"after_group": lambda group, seconds: told.extend(group)}, labels_per_block=4)
+    assert told == list(range(9))
+
+
+def test_a_block_that_failed_has_base_rates_and_the_cause():
+    _, Y, fold = problem(L=5)
+    tables = failed_block([4, 1], gold_of(Y, fold), "OSError: disk")
+    assert {name: table.schema for name, table in tables.items()} == {
+        name: TABLES[name].schema for name in ("label_models", "curves", "histograms")
+    }
+    assert tables["curves"].num_rows == tables["histograms"].num_rows == 0
+    rows = tables["label_models"].to_pylist()
+    assert [row["label_id"] for row in rows] == [1, 4]
+    for row in rows:
+        share = Y[:, row["label_id"]].sum()
+        assert row["status"] == "failed: OSError: disk"
+        assert row["bias"] == pytest.approx(np.log((share + 0.5) / (len(Y) - share + 0.5)), rel=1e-6)
+
+
+def test_constant_rows_are_smoothed_base_rates():
+    table = constant_rows([2, 0], np.array([3, 9, 0]), 10, "left out")
+    assert table.schema == TABLES["label_models"].schema
+    assert table["label_id"].to_pylist() == [2, 0]
+    assert_allclose(table["bias"].to_pylist(), np.log([0.5 / 10.5, 3.5 / 7.5]), rtol=1e-6)
+    assert table["status"].to_pylist() == ["left out"] * 2
+
+
+# -- company -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [{"folds": 0}, {"folds": 3}, {"folds": 5}])
@@ -240,10 +365,19 @@ def test_the_company_of_a_label_does_not_change_its_rows(settings):
         for (label_id,), row in by_key(part["label_models"], "label_id").items():
             other = whole["label_models"].to_pylist()[label_id]
             assert row["status"] == other["status"]
-            # |w - w*|^2 / 2 <= P - D for each of the two
-            reach = np.sqrt(2 * row["objective"] * (TIGHT["gap"] + 1e-6))
-            apart = np.linalg.norm(dense_model(row, X.shape[1]) - dense_model(other, X.shape[1]))
-            assert apart <= 2 * reach
+            if label_id != 6:
+                assert_same_model(row, other, X.shape[1])
+
+
+def test_other_groups_of_the_block_change_no_bit():
+    X, Y, fold = problem(L=10)
+    Y[:, 6] = False
+    whole = fit(X, Y, fold, labels_per_block=4)
+    first, second = (fit(X, Y, fold, part, labels_per_block=4) for part in ([0, 1, 2, 3], [4, 5, 6, 7, 8, 9]))
+    turned = fit(X, Y, fold, [8, 9, *range(4)], labels_per_block=4)  # other groups: 8 9 0 1, 2 3
+    for name in whole:
+        assert whole[name].equals(pa.concat_tables([first[name], second[name]]))
+    assert not turned["label_models"].slice(0, 4).equals(first["label_models"])
 
 
 def test_the_same_block_gives_the_same_bytes():
@@ -256,35 +390,360 @@ def test_the_same_block_gives_the_same_bytes():
 def test_a_label_that_is_not_solved_in_time_says_so():
     X, Y, fold = problem()
     tables = fit(X, Y, fold, max_epochs=2, gap=1e-6)
-    models = tables["label_models"].to_pylist()
-    assert {m["status"] for m in models} == {"not_converged"}
-    assert {m["epochs"] for m in models} == {2}
-    assert min(m["gap"] for m in models) > 1e-6
+    found = tables["label_models"].to_pylist()
+    assert {m["status"] for m in found} == {"not_converged"}
+    assert {m["epochs"] for m in found} == {2}
+    assert min(m["gap"] for m in found) > 1e-6
     assert len(by_key(tables["curves"], "label_id", "fold")) == 4 * Y.shape[1]
 
 
-def test_pruning_drops_weights_and_reports_the_objective_of_those_kept():
+def test_a_label_is_not_converged_where_only_a_fold_is_not(monkeypatch):
+    X, Y, fold = problem(L=3)
+    solve, calls = lockstep.solve, []
+
+    def slow_in_a_fold(*args):
+        solution, _ = solve(*args), calls.append(args)
+        return solution._replace(gap=solution.gap + (len(calls) == 3) * np.eye(LANES)[1] * solution.primal)
+
+    monkeypatch.setattr(ovr.lockstep, "solve", slow_in_a_fold)
+    found = models(X, Y, fold)
+    assert [m["status"] for m in found] == ["ok", "not_converged", "ok"]
+    assert [m["solver_gap"] > 1 for m in found] == [False, True, False]
+    assert max(m["gap"] for m in found) <= TIGHT["gap"]
+
+
+@pytest.mark.parametrize("loss", ["logistic", "squared_hinge"])
+def test_pruning_drops_weights_and_reports_the_objective_of_those_kept(loss):
     X, Y, fold = problem(L=4)
-    dense = np.hstack([X.astype(np.float32), np.ones((X.shape[0], 1))])
-    full, pruned = (fit(X, Y, fold, prune=share)["label_models"].to_pylist() for share in (0.0, 0.02))
+    full, pruned = (models(X, Y, fold, prune=share, loss=loss) for share in (0.0, 0.02))
     assert sum(len(m["indices"]) for m in pruned) < sum(len(m["indices"]) for m in full)
     for before, after in zip(full, pruned, strict=True):
         assert set(after["indices"]) <= set(before["indices"])
         assert after["bias"] == before["bias"]
         assert before["objective"] <= after["objective"] <= before["objective"] * 1.02
         y = np.where(Y[:, after["label_id"]], 1, -1)
-        want = logistic_objective(dense, y, np.full(y.size, TIGHT["C"]), dense_model(after, X.shape[1]))
+        want = objective(with_bias(X), y, np.full(y.size, TIGHT["C"]), dense_model(after, X.shape[1]), loss)
         assert_allclose(after["objective"], want, rtol=1e-6)
+        # the dual objective did not move: what pruning costs is gap
+        dual = [m["objective"] * (1 - m["gap"]) for m in (before, after)]
+        assert_allclose(dual[1], dual[0], rtol=1e-6)
         assert after["gap"] > before["gap"]
+        assert after["solver_gap"] == before["solver_gap"]
         assert after["status"] == "ok"
 
 
-def out_of_memory(solution):
+def test_fold_models_are_pruned_with_the_cut_of_the_final_one(monkeypatch):
+    """Their scores stand for those of the model that is kept."""
+    X, Y, fold = problem(L=2)
+    solve, solutions = lockstep.solve, []
+    monkeypatch.setattr(ovr.lockstep, "solve", lambda *args: solutions.append(solve(*args)) or solutions[-1])
+    tables = fit(X, Y, fold, prune=0.05)
+    final = [set(m["indices"]) for m in tables["label_models"].to_pylist()]
+    for f, solution in enumerate(solutions[1:]):
+        for j in range(2):
+            w, whole = (s.W.reshape(-1, LANES)[:, j] for s in (solution, solutions[0]))
+            smallest = min(abs(whole[k]) for k in final[j])
+            largest = max(abs(whole[k]) for k in set(np.flatnonzero(whole[:-1])) - final[j])
+            band = (np.abs(w[:-1]) > largest) & (np.abs(w[:-1]) < smallest)
+            assert not band.any()  # else the cut is not known from outside
+            kept = np.where(np.abs(w) <= largest, 0, w)
+            kept[-1] = w[-1]
+            S = (with_bias(X) @ kept)[fold == f]
+            row = by_key(tables["curves"], "label_id", "fold")[j, f]
+            for cut, tp, fp in zip(row["cut"], row["tp"], row["fp"], strict=True):
+                if np.abs(S - cut).min() > 1e-5:
+                    assert (tp, fp) == counts_at(S, Y[fold == f, j], cut)
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["logistic", "squared_hinge"])
+@pytest.mark.parametrize("weight", [4.0, 0.25, "balanced"])
+def test_positive_weight_is_scikit_learns_class_weight(weight, loss):
+    X, Y, fold = problem(L=3)
+    Y[::2, 2] = False
+    tables = fit(X, Y, fold, positive_weight=weight, loss=loss, gap=1e-5)
+    curves = by_key(tables["curves"], "label_id", "fold")
+    for row in tables["label_models"].to_pylist():
+        j = row["label_id"]
+        common = {
+            "C": TIGHT["C"],
+            "class_weight": weight if weight == "balanced" else {True: weight, False: 1},
+            **{"dual": True, "fit_intercept": False, "tol": 1e-9, "max_iter": 1_000_000, "random_state": 0},
+        }
+        if loss == "logistic":
+            model = LogisticRegression(solver="liblinear", **common)
+        else:
+            model = LinearSVC(loss="squared_hinge", **common)
+        want = model.fit(with_bias(X), Y[:, j]).coef_[0]
+        assert_allclose(dense_model(row, X.shape[1]), want, rtol=0, atol=0.02)
+        share = Y[:, j].mean()
+        assert row["positive_weight"] == pytest.approx((1 - share) / share if weight == "balanced" else weight)
+
+        def factors(y):  # balanced: by the rows that the fold's model sees
+            positive, negative = (y.size / (2 * np.sum(y == s)) if weight == "balanced" else 1.0 for s in (1, -1))
+            return np.where(y > 0, positive if weight == "balanced" else weight, negative)
+
+        S = out_of_fold_scores(X, Y, fold, j, range(3), loss, factors)
+        assert_curve_is_of(curves[j, POOLED], S, Y[:, j])
+
+
+def test_weights_of_a_label_are_factors_of_C():
+    X, Y, fold = problem(L=4)
+    extras = Extras(np.arange(4, dtype=np.uint64), np.array([1, 3, 1, 0.5]), np.array([1, 1, 0.2, 4]))
+    found, plain = models(X, Y, fold, extras=extras, positive_weight=2.0), models(X, Y, fold, positive_weight=2.0)
+    assert_same_model(found[0], plain[0], X.shape[1])
+    dense = with_bias(X)
+    for j, row in enumerate(found):
+        y = np.where(Y[:, j], 1, -1)
+        c = TIGHT["C"] * np.where(y > 0, 2 * extras.positive[j], extras.negative[j])
+        best = objective(dense, y, c, optimum(dense, y, c))
+        assert_allclose(row["objective"], best, rtol=TIGHT["gap"] + 1e-6)
+        assert_allclose(objective(dense, y, c, dense_model(row, X.shape[1])), best, rtol=TIGHT["gap"] + 1e-6)
+        assert (row["C"], row["positive_weight"]) == (TIGHT["C"], 2.0)  # those chosen, without the label's own
+
+
+# -- choice ------------------------------------------------------------------------------------------------------------
+
+
+def independent_log_loss(tables, label_id):
+    """Platt's map by a general minimiser, on the pooled histogram; nats a row."""
+    row = by_key(tables["histograms"], "label_id", "fold")[label_id, POOLED]
+    s = bin_centres()[row["bin"]]
+    p, n = np.float64(row["positives"]), np.float64(row["negatives"])
+    high, low = (p.sum() + 1) / (p.sum() + 2), 1 / (n.sum() + 2)
+
+    def loss(theta, high, low):
+        z = theta[0] * s + theta[1]
+        return (p * (np.logaddexp(0, z) - high * z) + n * (np.logaddexp(0, z) - low * z)).sum()
+
+    found = minimize(loss, [1.0, 0.0], (high, low), method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-12})
+    assert found.x[0] > 0.06  # else the bound on the slope decides
+    return loss(found.x, 1, 0) / (p.sum() + n.sum())
+
+
+def independent_f1_loss(tables, label_id):
+    row = by_key(tables["curves"], "label_id", "fold")[label_id, POOLED]
+    ratios = [
+        (2 * tp + 1) / (2 * tp + fp + (row["positives"] - tp) + 2) for tp, fp in zip(row["tp"], row["fp"], strict=True)
+    ]
+    return 1 - max(ratios)
+
+
+@pytest.mark.parametrize("loss", ["logistic", "squared_hinge"])
+@pytest.mark.parametrize(
+    ("choose", "quality"), [("log_loss", independent_log_loss), ("f1", independent_f1_loss)], ids=["log_loss", "f1"]
+)
+def test_each_label_has_the_candidate_of_best_out_of_fold_quality(choose, quality, loss):
+    X, Y, fold = problem(L=11, seed=2)
+    grid = [(C, weight) for C in (0.3, 3.0, 30.0) for weight in (1.0, 8.0)]
+    settings = {"loss": loss, "labels_per_block": 8, "prune": 1e-3}
+    single = [fit(X, Y, fold, C=C, positive_weight=weight, **settings) for C, weight in grid]
+    tables = fit(X, Y, fold, C=[30.0, 0.3, 3.0], positive_weight=[1, 8], choose=choose, **settings)
+    chosen = []
+    for row in tables["label_models"].to_pylist():
+        j = row["label_id"]
+        scores = np.array([quality(alone, j) for alone in single])
+        number = grid.index((row["C"], row["positive_weight"]))
+        assert scores[number] <= scores.min() + 1e-7
+        if (np.abs(scores - scores.min()) < 1e-7).sum() > 1 and choose == "f1":
+            assert number == np.argmin(scores)  # the smallest C of equals
+        # the rows of the label are those of the candidate alone, to the bit
+        for name in tables:
+            key = TABLES[name].key
+            alone = {k: v for k, v in by_key(single[number][name], *key).items() if k[0] == j}
+            assert {k: v for k, v in by_key(tables[name], *key).items() if k[0] == j} == alone
+        chosen.append(number)
+    assert len(set(chosen)) > 1  # a choice by label, not one for all
+
+
+def test_candidates_are_all_combinations_smallest_C_first():
+    assert candidates(TrainConfig(C=[10, 1], positive_weight=[3, 1])) == [(1, 1), (1, 3), (10, 1), (10, 3)]
+    assert candidates(TrainConfig(C=2.0, positive_weight="balanced")) == [(2, None)]
+
+
+def test_balanced_weights_go_with_a_choice_of_C():
+    X, Y, fold = problem(L=5, seed=2)
+    single = [fit(X, Y, fold, C=C, positive_weight="balanced")["label_models"].to_pylist() for C in (0.3, 30.0)]
+    for row in models(X, Y, fold, C=[0.3, 30.0], positive_weight="balanced"):
+        assert row in [alone[row["label_id"]] for alone in single]
+
+
+def test_the_log_loss_of_a_choice_is_that_after_calibration():
+    rng = np.random.default_rng(0)
+    positive = rng.random(5000) < 0.3
+    scores = (rng.normal(size=5000) + 2 * positive).astype(np.float32)
+    plain = calibrated_log_loss(scores, positive)
+    assert_allclose(calibrated_log_loss(scores * 2 - 1, positive), plain, rtol=2e-3)  # a map that Platt's undoes
+    assert calibrated_log_loss(rng.normal(size=5000).astype(np.float32), positive) > plain + 0.1
+    rate = positive.mean()
+    flat = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
+    assert_allclose(calibrated_log_loss(np.zeros(5000, np.float32), positive), flat, rtol=1e-3)
+
+
+def test_the_f1_of_a_choice_is_the_best_of_any_cut_smoothed():
+    rng = np.random.default_rng(0)
+    positive = rng.random(300) < 0.3
+    scores = np.round(rng.normal(size=300) + 2 * positive, 1).astype(np.float32)
+    # smoothing is one more row that is found, and one more that is not
+    padded = np.append(scores, [100, 100]), np.append(positive, [True, False])
+    assert abs((1 - best_f1_loss(scores, positive)) - best_f1(scores, positive)) < 0.01
+    ratios = []
+    for cut in set(scores):
+        tp, fp = counts_at(scores, positive, cut)
+        ratios.append((2 * tp + 1) / (2 * tp + fp + positive.sum() - tp + 2))
+    assert best_f1_loss(scores, positive) == pytest.approx(1 - max(ratios), rel=1e-12)
+    assert best_f1_loss(*padded) != best_f1_loss(scores, positive)
+    assert best_f1_loss(scores, np.zeros(300, bool)) == 1.0
+
+
+# -- samples -----------------------------------------------------------------------------------------------------------
+
+
+def many(n=6000, L=3, seed=0):
+    """Rows enough that a sample of the negatives leaves most of them out."""
+    rng = np.random.default_rng(seed)
+    X = (rng.random((n, 60)) < 0.1) * rng.uniform(0.5, 1, (n, 60))
+    X /= np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-9)
+    S = X @ rng.normal(size=(60, L)) * 2 + rng.logistic(size=(n, L)) * 0.3
+    Y = np.quantile(S, [0.98, 0.9, 0.6][:L], axis=0).diagonal() < S
+    return X, Y, np.arange(n) % 2
+
+
+def test_sampled_negatives_stand_for_all():
+    X, Y, fold = many()
+    cfg, extras = TrainConfig(C=2.0, negatives=3.0, seed=5), Extras.plain(3)
+    for inside in (np.ones(len(X), bool), fold == 1):
+        found = group_lanes([0, 1, 2], gold_of(Y, fold), cfg, extras, Candidate(2.0, 1.0), inside)
+        sign = found.sign.reshape(-1, LANES)
+        for j in range(3):
+            positives, negatives = (Y[:, j] & inside).sum(), (~Y[:, j] & inside).sum()
+            assert_array_equal(sign[:, j] > 0, Y[:, j] & inside)
+            drawn = (sign[:, j] < 0).sum()
+            wanted = min(max(3 * positives, LEAST_NEGATIVES), negatives)
+            assert abs(drawn - wanted) <= 4.5 * np.sqrt(wanted)
+            assert (drawn == negatives) == (wanted == negatives)
+            # a sum over those drawn is right for all: their C adds up to that of all negatives
+            assert_allclose(drawn * found.c_neg[j], 2.0 * negatives, rtol=1e-6)
+            assert found.c_pos[j] == 2.0
+    assert LEAST_NEGATIVES > 3 * Y[:, 0].sum()  # the floor is seen
+    assert 3 * Y[:, 1].sum() > LEAST_NEGATIVES  # and the share
+    assert 3 * Y[:, 2].sum() > (~Y[:, 2]).sum()  # and all of them
+
+
+def test_a_model_of_sampled_negatives_is_close_to_the_full_one():
+    X, Y, fold = many()
+    full, drawn = (models(X, Y, fold, folds=2, negatives=k, gap=1e-3) for k in (0, 3.0))
+    dense = with_bias(X)
+    for j in range(2):
+        y, c = np.where(Y[:, j], 1, -1), np.full(len(X), TIGHT["C"])
+        best = objective(dense, y, c, dense_model(full[j], 60))
+        found = objective(dense, y, c, dense_model(drawn[j], 60))
+        assert best * 1.0001 < found < best * 1.03
+        assert_allclose(drawn[j]["objective"], best, rtol=0.15)  # an estimate of it, from those drawn
+    assert_same_model(drawn[2], full[2], 60)  # nothing is left out there
+
+
+def test_draws_follow_the_key_of_a_label_and_not_its_id():
+    X, Y, fold = many()
+    keys = np.array([11, 2**63 + 5, 7], np.uint64)
+    extras = Extras(keys, np.ones(3), np.ones(3))
+    settings = {"folds": 2, "negatives": 3.0, "gap": 1e-2}
+    first = models(X, Y, fold, extras=extras, **settings)
+    assert first == models(X, Y, fold, extras=extras, **settings)
+    turn = [2, 0, 1]
+    turned = models(X, Y[:, turn], fold, extras=extras._replace(keys=keys[turn]), **settings)
+    for j, row in enumerate(turned):
+        assert {**row, "label_id": turn[j]} == first[turn[j]]
+    others = models(X, Y, fold, extras=extras._replace(keys=keys + np.uint64(1)), **settings)
+    assert others[0]["weights"] != first[0]["weights"]
+    assert models(X, Y, fold, extras=extras, seed=1, **settings)[0]["weights"] != first[0]["weights"]
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_sample_of_rows_is_the_same_as_deleting_the_others(seed):
+    X, Y, fold = problem(n=300)
+    inside = lanes.sample(300, np.uint64(seed), 0.6)
+    assert 120 < inside.sum() < 240
+    sampled, deleted = (
+        fit(X, Y, fold, sample=0.6, seed=seed),
+        fit(X[inside], Y[inside], fold[inside], seed=seed),
+    )
+    assert sampled["label_models"].equals(deleted["label_models"])
+    # every row is scored out of fold, in the sample or not: the curve is of all documents
+    for (j, f), row in by_key(sampled["curves"], "label_id", "fold").items():
+        seen = (fold == f) | (f == POOLED)
+        assert (row["positives"], row["negatives"]) == (Y[seen, j].sum(), (~Y[seen, j]).sum())
+
+
+# -- warm start --------------------------------------------------------------------------------------------------------
+
+
+def start_of(rows, L, known):
+    """Rows of label_models -> Start, of the labels that are known."""
+    found = {row["label_id"]: row for row in rows if row["label_id"] in known}
+    lengths = [len(found[j]["indices"]) if j in found else 0 for j in range(L)]
+    parts = [(np.array(found[j]["indices"]), np.array(found[j]["weights"])) for j in range(L) if j in found]
+    return Start(
+        np.concatenate([[0], np.cumsum(lengths)]),
+        np.concatenate([k for k, _ in parts]).astype(np.int32),
+        np.concatenate([w for _, w in parts]).astype(np.float32),
+        np.array([found[j]["bias"] if j in found else np.nan for j in range(L)], np.float32),
+    )
+
+
+def test_earlier_weights_of_a_group_stand_in_its_lanes():
+    X, Y, fold = problem(L=5)
+    rows = models(X, Y, fold)
+    W = start_of(rows, 5, {1, 4}).weights_of([4, 0, 1], X.shape[1]).reshape(-1, LANES)
+    assert W.dtype == np.float32
+    for lane, label_id in ((0, 4), (2, 1)):
+        assert_array_equal(W[:, lane], np.float32(dense_model(rows[label_id], X.shape[1])))
+    assert np.isnan(W[-1, [1, *range(3, LANES)]]).all()
+    assert_array_equal(W[:-1, [1, *range(3, LANES)]], 0)
+
+
+@pytest.mark.parametrize("known", [range(11), [0, 7]])
+def test_a_warm_start_reaches_the_same_answer(known, monkeypatch):
+    monkeypatch.setattr(lockstep, "START_ROWS", 1)  # small problems start from zero by themselves
+    X, Y, fold = problem()
+    moved = Y ^ (np.random.default_rng(0).random(Y.shape) < 0.02)  # the gold of yesterday
+    start = start_of(models(X, moved, fold), 11, set(known))
+    cold, warm = fit(X, Y, fold), fit(X, Y, fold, start=start)
+    assert not warm["label_models"].equals(cold["label_models"])
+    for a, b in zip(warm["label_models"].to_pylist(), cold["label_models"].to_pylist(), strict=True):
+        assert_same_model(a, b, X.shape[1])
+    for count in ("positives", "negatives"):
+        assert warm["curves"][count].equals(cold["curves"][count])
+
+
+def test_earlier_models_are_lanes_of_their_own_label(monkeypatch):
+    """Constant labels are left out of a group; the lanes after them must not get the wrong weights."""
+    X, Y, fold = problem(L=4)
+    rows = models(X, Y, fold)
+    Y[:, 1] = False
+    seen, solve = [], lockstep.solve
+    monkeypatch.setattr(ovr.lockstep, "solve", lambda *args: seen.append(args[-1]) or solve(*args))
+    fit(X, Y, fold, start=start_of(rows, 4, range(4)))
+    assert len(seen) == 4
+    for earlier in seen:
+        for lane, label_id in enumerate((0, 2, 3)):
+            want = np.float32(dense_model(rows[label_id], X.shape[1]))
+            assert_array_equal(earlier.reshape(-1, LANES)[:, lane], want)
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+def out_of_memory(solution, lane):
     raise MemoryError("no room")
 
 
-def not_a_number(solution):
-    return solution._replace(primal=solution.primal * np.nan)
+def not_a_number(solution, lane):
+    primal = solution.primal.copy()
+    primal[lane] = np.nan
+    return solution._replace(primal=primal)
 
 
 @pytest.mark.parametrize(
@@ -294,31 +753,41 @@ def not_a_number(solution):
         (not_a_number, "failed: ArithmeticError: the weights are not fini"),
     ],
 )
-def test_a_group_that_fails_leaves_the_others_alone(monkeypatch, failure, status):
+def test_a_label_that_fails_costs_only_itself(monkeypatch, caplog, failure, status):
     X, Y, fold = problem(L=10)
     Y[:, 9] = False
-    want = fit(X, Y, fold)
+    bad, mark = 5, 50
+    Y[mark] = np.arange(10) == bad  # by this row the label is known in its group
+    want = fit(X, Y, fold, labels_per_block=4)
     solve, calls = lockstep.solve, []
 
-    def failing(*args):
+    def failing(X, problem, *args):
         calls.append(args)
-        return failure(solve(*args)) if len(calls) == 2 else solve(*args)
+        lane = np.flatnonzero(problem.sign.reshape(-1, LANES)[mark] > 0)
+        solution = solve(X, problem, *args)
+        return failure(solution, lane[0]) if lane.size else solution
 
     monkeypatch.setattr(ovr.lockstep, "solve", failing)
-    found = fit(X, Y, fold)
-    assert len(calls) == 3  # four labels a group
-    for label_id, (row, good) in enumerate(
-        zip(found["label_models"].to_pylist(), want["label_models"].to_pylist(), strict=True)
-    ):
-        if 4 <= label_id < 8:
+    with caplog.at_level(logging.WARNING):
+        found = fit(X, Y, fold, labels_per_block=4)
+    # two whole groups, one that ends at its first lane, and its four labels one by one, of which one ends at once
+    assert len(calls) == 2 * 4 + 1 + 3 * 4 + 1
+    assert "labels [4, 5, 6, 7] failed together" in caplog.text
+    for row, good in zip(found["label_models"].to_pylist(), want["label_models"].to_pylist(), strict=True):
+        label_id = row["label_id"]
+        if label_id == bad:
             assert row["status"].startswith(status)
-            share = Y[:, label_id].sum()
+            share = Y[:, bad].sum()
             assert row["bias"] == pytest.approx(np.log((share + 0.5) / (len(Y) - share + 0.5)), rel=1e-5)
             assert (row["indices"], row["weights"]) == ([], [])
+        elif 4 <= label_id < 8:
+            assert_same_model(row, good, X.shape[1])
         else:
             assert row == good
-    others = [row for row in want["curves"].to_pylist() if not 4 <= row["label_id"] < 8]
-    assert found["curves"].to_pylist() == others
+    for name in ("curves", "histograms"):
+        assert without_labels(found[name], 4, 5, 6, 7) == without_labels(want[name], 4, 5, 6, 7)
+        keys = set(by_key(want[name], "label_id", "fold"))
+        assert set(by_key(found[name], "label_id", "fold")) == {k for k in keys if k[0] != bad}
 
 
 @pytest.mark.parametrize("value", [3e38, np.inf, np.nan])
@@ -326,14 +795,15 @@ def test_features_too_large_for_float32_are_a_failure_not_a_model(value):
     X, Y, fold = problem(L=2)
     X[5] = value
     with np.errstate(all="ignore"):
-        models = fit(X, Y, fold)["label_models"].to_pylist()
-    assert all(m["status"].startswith("failed: ArithmeticError") for m in models)
+        found = models(X, Y, fold)
+    assert all(m["status"].startswith("failed: ArithmeticError") for m in found)
 
 
-def test_progress_is_told_once_a_label():
-    X, Y, fold = problem(L=9)
-    Y[:, [2, 5]] = False
-    ticks = []
-    cfg = TrainConfig(**TIGHT)
-    fit_block(range(9), rows_of(X), gold_of(Y, fold), cfg, at_label=lambda: ticks.append(1))
-    assert len(ticks) == 9
+def test_kernels_are_compiled_once_a_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(ovr, "_warm", [])
+    calls, fit_block = [], ovr.fit_block
+    monkeypatch.setattr(ovr, "fit_block", lambda *args: calls.append(fit_block(*args)))
+    assert ovr.warm_up(tmp_path, TrainConfig()) > 0
+    assert ovr.warm_up(tmp_path, TrainConfig()) == 0
+    assert [table["status"].to_pylist()[0] for table in (calls[0]["label_models"],)] != ["no_positives"]
+    assert len(calls) == 1
