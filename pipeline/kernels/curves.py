@@ -34,7 +34,8 @@ def curve(scores, positive):
     below = np.full(m + 1, -np.inf, np.float32)  # the highest negative among them
     for i in range(scores.size):
         if not positive[i]:
-            k = np.searchsorted(ascending, scores[i], side="right")
+            # most negatives score below every positive
+            k = 0 if m == 0 or scores[i] < ascending[0] else np.searchsorted(ascending, scores[i], side="right")
             between[k] += 1
             if k == 0 or scores[i] != ascending[k - 1]:
                 below[k] = max(below[k], scores[i])

@@ -280,6 +280,31 @@ def squared_norms(W):
     return out
 
 
+def nonzeros(W: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Features (m,) int32 ascending and weights (m,) float32 that are not 0, of each lane, without the bias."""
+    count, features, weights = _nonzeros(W)
+    ends = np.cumsum(count)
+    return [(features[stop - size : stop], weights[stop - size : stop]) for size, stop in zip(count, ends, strict=True)]
+
+
+@njit(cache=True, nogil=True)
+def _nonzeros(W):
+    last = W.size // LANES - 1
+    count = np.zeros(LANES, np.int64)
+    for k in range(last):
+        for lane in range(LANES):
+            count[lane] += W[k * LANES + lane] != 0
+    place = np.cumsum(count) - count
+    features, weights = np.empty(count.sum(), np.int32), np.empty(count.sum(), np.float32)
+    for k in range(last):
+        for lane in range(LANES):
+            w = W[k * LANES + lane]
+            if w != 0:
+                features[place[lane]], weights[place[lane]] = k, w
+                place[lane] += 1
+    return count, features, weights
+
+
 @njit(cache=True, nogil=True)
 def tally(sign):
     """What the rows are to the lanes of a group.
@@ -356,7 +381,14 @@ SHORT_SWEEPS = 10  # at most, over the rows that move, between two looks at all 
 STALLED = 0.5  # where a look at all finds more than this share of what the last one found, more rows are visited
 
 
-def solve(X: Rows, lanes: Lanes, gap: float, max_epochs: int, seed: int, earlier: np.ndarray | None = None) -> Solution:
+def solve(
+    X: Rows,
+    lanes: Lanes,
+    gap: float,
+    max_epochs: int,
+    seed: int,
+    earlier: np.ndarray | None = None,
+) -> Solution:
     """Sweep until every lane's relative duality gap is at most `gap`, or `max_epochs` sweeps are made.
 
     The order of rows is drawn from (seed, sweep) alone, the same for all groups.  A start is found on a sample of the

@@ -149,12 +149,24 @@ def fit_block(
             for into, part in zip(rows, _isolated(solvable, X, gold, cfg, extras, start, inside), strict=True):
                 into.extend(part)
         after_group(group, time.perf_counter() - began)
-    return {
-        name: pa.Table.from_pylist(part, schema=TABLES[name].schema).sort_by(
-            [(k, "ascending") for k in TABLES[name].key]
-        )
-        for name, part in zip(("label_models", "curves", "histograms"), rows, strict=True)
-    }
+    return {name: _table(name, part) for name, part in zip(("label_models", "curves", "histograms"), rows, strict=True)}
+
+
+def _table(name: str, rows: list[dict]) -> pa.Table:
+    """Rows in the order of their key; lists come as arrays and stay arrays."""
+    rows = sorted(rows, key=lambda row: tuple(row[k] for k in TABLES[name].key))
+    columns = []
+    for field in TABLES[name].schema:
+        values = [row[field.name] for row in rows]
+        if pa.types.is_list(field.type):
+            flat = np.concatenate([np.empty(0, field.type.value_type.to_pandas_dtype()), *values]).astype(
+                field.type.value_type.to_pandas_dtype(), copy=False
+            )
+            offsets = np.cumsum([0, *map(len, values)]).astype(np.int32)
+            columns.append(pa.ListArray.from_arrays(offsets, flat).cast(field.type))
+        else:
+            columns.append(pa.array(values, field.type))
+    return pa.Table.from_arrays(columns, schema=TABLES[name].schema)
 
 
 def failed_block(label_ids: Sequence[int], gold: Gold, cause: str) -> dict[str, pa.Table]:
@@ -168,7 +180,7 @@ def failed_block(label_ids: Sequence[int], gold: Gold, cause: str) -> dict[str, 
 def constant_rows(label_ids: Sequence[int], support: np.ndarray, rows: int, status: str) -> pa.Table:
     """Rows of label_models for labels that are not trained, at their base rate."""
     models = [_constant(label_id, int(support[label_id]), rows, status) for label_id in label_ids]
-    return pa.Table.from_pylist(models, schema=TABLES["label_models"].schema)
+    return _table("label_models", models)
 
 
 _warm: list[float] = []
@@ -225,33 +237,34 @@ class _Fitted(NamedTuple):
 
 def _fit_group(group, X, gold, cfg, extras, start, inside):
     held = np.flatnonzero(gold.fold >= 0 if cfg.folds else gold.fold == 0).astype(np.int32)
-    positive = np.zeros((held.size, len(group)), np.bool_)
+    positive = np.zeros((len(group), held.size), np.bool_)
     place = np.full(X.size, -1, np.int64)
     place[held] = np.arange(held.size)
     for j, label_id in enumerate(group):
         found = place[gold.positives(label_id)]
-        positive[found[found >= 0], j] = True
+        positive[j, found[found >= 0]] = True
     best = None
     for candidate in candidates(cfg):
         fitted = _fit_candidate(group, X, gold, cfg, extras, start, inside, candidate, held, place)
         if len(candidates(cfg)) > 1:
-            scores = fitted.held
-            quality = [QUALITIES[cfg.choose](scores[:, j], positive[:, j]) for j in range(len(group))]
+            quality = [QUALITIES[cfg.choose](fitted.held[:, j], positive[j]) for j in range(len(group))]
             fitted = fitted._replace(quality=np.array(quality + [np.inf] * (LANES - len(group))))
         best = fitted if best is None else _better(best, fitted)
     models, curve_rows, histogram_rows = [], [], []
     trained = inside if cfg.folds else inside & (gold.fold != 0)
     used = int(np.count_nonzero(trained))
+    columns = lockstep.nonzeros(best.W.ravel())
+    own = np.ascontiguousarray(best.held.T)
+    seen = {f: np.flatnonzero(gold.fold[held] == f) for f in left_out(cfg.folds) if f is not None}
     for j, label_id in enumerate(group):
-        w = np.ascontiguousarray(best.W[:, j])
-        features = np.flatnonzero(w[:-1]).astype(np.int32)
+        features, weights = columns[j]
         kept = int(np.count_nonzero(trained[gold.positives(label_id)]))
         models.append(
             {
                 "label_id": label_id,
-                "bias": w[-1],
+                "bias": best.W[-1, j],
                 "indices": features,
-                "weights": w[features],
+                "weights": weights,
                 "C": best.C[j],
                 "positive_weight": best.positive_weight[j]
                 if candidates(cfg)[0].positive_weight
@@ -263,11 +276,9 @@ def _fit_group(group, X, gold, cfg, extras, start, inside):
                 "status": "ok" if best.solver_gap[j] <= cfg.gap else "not_converged",
             }
         )
-        own = np.ascontiguousarray(best.held[:, j])
-        for fold in (POOLED, *(f for f in left_out(cfg.folds) if f is not None)):
-            seen = slice(None) if fold == POOLED else gold.fold[held] == fold
-            curve_rows.append(_curve_row(label_id, fold, own[seen], positive[seen, j]))
-            histogram_rows.append(_histogram_row(label_id, fold, own[seen], positive[seen, j]))
+        for fold, rows in ((POOLED, slice(None)), *seen.items()):
+            curve_rows.append(_curve_row(label_id, fold, own[j, rows], positive[j, rows]))
+            histogram_rows.append(_histogram_row(label_id, fold, own[j, rows], positive[j, rows]))
     return models, curve_rows, histogram_rows
 
 

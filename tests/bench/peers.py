@@ -130,8 +130,9 @@ def napkinxc_br(X, Y, loss, C, tolerance):
 def napkinxc_weights(saved, d, labels):
     """W out of napkinXC's weights.bin, as version 0.7 writes it; its Python interface has no weights."""
     W = np.zeros((d + 1, labels))
+    (count,) = struct.unpack_from("<i", saved)  # up to the last label that has rows
     at = struct.calcsize("<i")
-    for j in range(labels):
+    for j in range(min(count, labels)):
         classes, first, _loss = struct.unpack_from("<iii", saved, at)
         at += struct.calcsize("<iii")
         if classes < 2:  # rows of one class only

@@ -32,8 +32,10 @@ def model_rows(seed=0, constant=()):
                 "indices": kept,
                 "weights": rng.normal(size=count).astype(np.float32),
                 "C": 1.0,
+                "positive_weight": 1.0,
                 "epochs": 1,
                 "gap": 0.0,
+                "solver_gap": 0.0,
                 "objective": 0.0,
                 "status": "ok" if count else "no_positives",
             }
