@@ -29,7 +29,6 @@ MAX_CONFIG_BYTES = 1_000_000
 MAX_SEED = 2**63 - 1
 
 Column = Annotated[str, Field(min_length=1)]
-PositiveFloats = tuple[PositiveFloat, ...]
 
 
 class Section(BaseModel):
@@ -115,11 +114,11 @@ class FeaturizeConfig(Section):
 class TrainConfig(Section):
     """One linear model a label."""
 
-    C: PositiveFloats = Field(
+    C: tuple[float, ...] = Field(
         (20.0,), description="weight of the loss against the penalty (liblinear); a list: chosen per label"
     )
     loss: Literal["logistic", "squared_hinge"] = Field("logistic", description="of a row's margin")
-    positive_weight: PositiveFloats | Literal["balanced"] = Field(
+    positive_weight: tuple[float, ...] | Literal["balanced"] = Field(
         (1.0,), description="C of positives over C of negatives; a list: chosen per label; balanced: by base rate"
     )
     label_weights: str = Field(
@@ -155,20 +154,15 @@ class TrainConfig(Section):
 
     @field_validator("C", "positive_weight", mode="before")
     @classmethod
-    def _one_value_is_a_list(cls, value):
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return (value,)
-        return value
-
-    @field_validator("C", "positive_weight")
-    @classmethod
-    def _values_are_distinct(cls, values, info):
-        low, high = (1e-4, 1e4)
-        if values == "balanced":
-            return values
-        if not values or len(set(values)) != len(values) or not all(low <= v <= high for v in values):
-            raise ValueError(f"one number, or a list of distinct ones, from {low:g} to {high:g}")
-        return tuple(sorted(values))
+    def _one_number_or_distinct_ones(cls, value, info):
+        if value == "balanced" and info.field_name == "positive_weight":
+            return value
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and 1e-4 <= v <= 1e4 for v in values)
+        if not values or not numbers or len(set(values)) != len(values):
+            word = ", or balanced" if info.field_name == "positive_weight" else ""
+            raise ValueError(f"a number from 0.0001 to 10000, a list of distinct ones{word}")
+        return tuple(sorted(float(v) for v in values))
 
     @field_serializer("C", "positive_weight")
     def _one_value_is_shown_as_such(self, values) -> Any:

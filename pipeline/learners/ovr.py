@@ -197,6 +197,8 @@ def warm_up(lock_folder: Path, cfg) -> float:
     n = 8
     X = Rows(np.arange(n + 1), np.zeros(n, np.int32), np.ones(n, np.float32), np.full(n, 2, np.float32), 1)
     gold = Gold(np.array([0, n // 2]), np.arange(n // 2, dtype=np.int32), (np.arange(n) % 2).astype(np.int8))
+    for array in (*X[:4], *gold):
+        array.setflags(write=False)  # as arrays that are mapped: numba compiles for either kind apart
     with open(lock_folder / "compile.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         fit_block([0], X, gold, cfg.model_copy(update={"C": (1.0, 2.0), "folds": 2, "sample": 0.99, "max_epochs": 4}))

@@ -13,7 +13,7 @@ from pipeline.kernels.simd import LANES
 from pipeline.learners.ovr import groups
 
 MAPPED = 8  # bytes of a non-zero of the matrix: its feature and its value
-PROCESS = 180_000_000  # bytes of a Python worker with its imports and compiled kernels
+PROCESS = 280_000_000  # bytes of a Python worker with its imports and compiled kernels
 
 
 def label_groups(support: np.ndarray, labels_per_block: int, only: Sequence[int] | None = None) -> list[list[int]]:

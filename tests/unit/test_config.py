@@ -155,7 +155,13 @@ def test_set_wins_over_the_file_and_the_file_over_the_run(file):
     path = file("train: {C: 2, gap: 0.2}\nfeaturize: {ngrams: 2}\n")
     base = {"train": {"C": 1.0, "gap": 0.1, "seed": 9}}
     cfg, origins = load(path, ["train.C=3", "tag.max_tags=5"], base)
-    assert (cfg.train.C, cfg.train.gap, cfg.train.seed, cfg.featurize.ngrams, cfg.tag.max_tags) == (3.0, 0.2, 9, 2, 5)
+    assert (cfg.train.C, cfg.train.gap, cfg.train.seed, cfg.featurize.ngrams, cfg.tag.max_tags) == (
+        (3.0,),
+        0.2,
+        9,
+        2,
+        5,
+    )
     assert origins == {
         "train.C": "--set train.C=3",
         "train.gap": str(path),
@@ -182,7 +188,7 @@ def test_an_empty_file_changes_nothing(file, text):
 
 def test_numbers_of_a_file_are_those_of_the_command_line(file):
     cfg, _ = load(file("train: {gap: 1e-3, C: 2E+1}\nfeaturize: {max_features: 1e6}\n"))
-    assert (cfg.train.gap, cfg.train.C, cfg.featurize.max_features) == (0.001, 20.0, 1_000_000)
+    assert (cfg.train.gap, cfg.train.C, cfg.featurize.max_features) == (0.001, (20.0,), 1_000_000)
 
 
 def test_a_missing_file_is_exit_code_66(tmp_path):
@@ -300,7 +306,20 @@ NAN, INF = float("nan"), float("inf")
         ("train.C", "3"),
         ("train.C", True),
         ("train.C", None),
-        ("train.C", [1]),
+        ("train.C", []),
+        ("train.C", [1, 1.0]),
+        ("train.C", [1, "2"]),
+        ("train.C", [1, 1e5]),
+        ("train.C", [True]),
+        ("train.C", "balanced"),
+        ("train.positive_weight", "equal"),
+        ("train.positive_weight", ["balanced"]),
+        ("train.positive_weight", 0),
+        ("train.loss", "hinge"),
+        ("train.sample", 0),
+        ("train.sample", 1.1),
+        ("train.negatives", -1),
+        ("train.budget", -1),
         ("train.C", {"x": 1}),
         ("train.folds", 1),
         ("train.folds", -1),
@@ -391,11 +410,13 @@ def test_limits_of_the_ranges_are_allowed():
 
 def test_a_message_says_where_what_expected_and_why(file):
     assert refusal(sets=["train.C=-1"]) == (
-        "train.C is -1; expected greater than or equal to 0.0001 (weight of the loss against the penalty (liblinear))"
+        "train.C is -1; expected a number from 0.0001 to 10000, a list of distinct ones "
+        "(weight of the loss against the penalty (liblinear); a list: chosen per label)"
     )
     path = file("train: {C: many}\n")
     assert refusal(path) == (
-        f"train.C is 'many'; expected a number (from {path}) (weight of the loss against the penalty (liblinear))"
+        f"train.C is 'many'; expected a number from 0.0001 to 10000, a list of distinct ones (from {path}) "
+        "(weight of the loss against the penalty (liblinear); a list: chosen per label)"
     )
     assert "train.folds is 1; expected 0 (curves from dev documents) or 2 to 15" in refusal(sets=["train.folds=1"])
 
@@ -443,3 +464,12 @@ def test_import_does_nothing_else(tmp_path):
     )
     assert (done.stdout, done.stderr) == ("False False\n", "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_number_or_several():
+    cfg = load(sets=["train.C=[30, 1,10]", "train.positive_weight=balanced"])[0]
+    assert (cfg.train.C, cfg.train.positive_weight) == ((1.0, 10.0, 30.0), "balanced")
+    again = Config.model_validate(cfg.model_dump(mode="json"))
+    assert again == cfg
+    assert flat(Config())["train.C"] == 20.0  # a single value is shown as such
+    assert flat(cfg)["train.C"] == [1.0, 10.0, 30.0]

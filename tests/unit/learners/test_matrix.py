@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.errors import DataError
 from pipeline.learners import matrix
 from pipeline.tables import TABLES
 
@@ -53,7 +54,8 @@ def test_parts_change_no_byte(tmp_path):
 def test_arrays_are_those_of_the_training_rows(tmp_path):
     *files, lengths, values, fold, gold = write(tmp_path, 3, n=500)
     built(tmp_path / "m", *files)
-    X, Y = matrix.open_shared(tmp_path / "m")
+    X, Y, start = matrix.open_shared(tmp_path / "m")
+    assert start is None
     kept = np.flatnonzero(fold >= 0)
     starts = np.cumsum(lengths) - lengths
     assert X.size == kept.size
@@ -67,25 +69,62 @@ def test_arrays_are_those_of_the_training_rows(tmp_path):
     assert Y.fold.tolist() == fold[kept].tolist()
 
 
-def _open(folder, log):
+def _open(folder, log, queue):
     def build(part):
         with open(log, "a") as file:
             file.write("built\n")
         (part / "x").write_text("1")
 
-    matrix.shared(Path(folder), build)
+    queue.put(matrix.shared(Path(folder), build))
 
 
 def test_one_process_builds_and_the_others_wait(tmp_path):
     folder, log = matrix.host_folder(str(tmp_path), "m"), tmp_path / "log"
     context = multiprocessing.get_context("fork")
-    crowd = [context.Process(target=_open, args=(folder, log)) for _ in range(8)]
+    queue = context.Queue()
+    crowd = [context.Process(target=_open, args=(folder, log, queue)) for _ in range(8)]
     for process in crowd:
         process.start()
     for process in crowd:
         process.join(60)
         assert process.exitcode == 0
     assert log.read_text() == "built\n"
+    assert sorted(queue.get(timeout=10) for _ in crowd) == [False] * 7 + [True]
     assert folder.parent.stat().st_mode & 0o777 == 0o700
     matrix.clean(folder)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_is_refused_with_its_row(tmp_path, value):
+    features, folds, documents, lengths, *_, fold, _ = write(tmp_path, 2, n=400)
+    row = next(i for i in range(300, 400) if fold[i] >= 0 and lengths[i] > 2)
+    part = pq.read_table(features[1])
+    lists = part["values"].to_pylist()
+    lists[row - 200][2] = value
+    where = part["indices"].to_pylist()[row - 200][2]
+    values = pa.array(lists, pa.list_(pa.float32()))
+    pq.write_table(part.set_column(part.schema.get_field_index("values"), "values", values), features[1])
+    (tmp_path / "m").mkdir()
+    with pytest.raises(DataError, match=rf"{features[1].name}: row {row} has {value} for feature {where}; expected"):
+        matrix.build(tmp_path / "m", features, folds, documents, ["a", "b"], 1000)
+
+
+def test_earlier_models_come_by_name(tmp_path):
+    """Yesterday's labels b, c, a are today's 0 = a, 1 = b, 2 = new; c is gone and a had failed."""
+    models = [
+        {"label_id": 0, "bias": -1.5, "indices": [2, 5], "weights": [0.5, -0.25], "status": "ok"},
+        {"label_id": 1, "bias": 3.0, "indices": [1], "weights": [1.0], "status": "not_converged"},
+        {"label_id": 2, "bias": 9.0, "indices": [], "weights": [], "status": "failed: no memory"},
+    ]
+    rest = {"C": 1.0, "positive_weight": 1.0, "epochs": 1, "gap": 0.0, "solver_gap": 0.0, "objective": 0.0}
+    table = pa.Table.from_pylist([{**rest, **row} for row in models], schema=TABLES["label_models"].schema)
+    pq.write_table(table, tmp_path / "models.parquet")
+    built(tmp_path / "m", *write(tmp_path, 1, n=50)[:3])
+    matrix.add_start(tmp_path / "m", [tmp_path / "models.parquet"], ["a", "b", "new"], ["b", "c", "a"])
+    *_, start = matrix.open_shared(tmp_path / "m")
+    W = start.weights_of([1, 0, 2], 1000).reshape(-1, 16)
+    assert W[-1, 0] == -1.5
+    assert np.isnan(W[-1, 1:]).all()
+    assert np.flatnonzero(W[:-1].any(axis=1)).tolist() == [2, 5]
+    assert W[[2, 5], 0].tolist() == [0.5, -0.25]

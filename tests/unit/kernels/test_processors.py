@@ -1,0 +1,66 @@
+"""The kernels as numba makes them for other processors give the same answer."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+PROGRAM = """
+import sys
+import numpy as np
+import scipy.sparse as sp
+from pipeline.kernels import lockstep
+from pipeline.kernels.simd import LANES
+
+rng = np.random.default_rng(0)
+X = sp.random(400, 80, 0.1, "csr", np.float32, rng)
+squares = np.asarray(X.multiply(X).sum(axis=1)).ravel() + 1
+rows = lockstep.Rows(X.indptr.astype(np.int64), X.indices.astype(np.int32), X.data, squares.astype(np.float32), 80)
+Y = np.sign(X @ rng.normal(size=(80, LANES)) - 0.1).astype(np.int8)
+Y[Y == 0] = -1
+C = np.geomspace(0.1, 100, LANES).astype(np.float32)
+found = [
+    lockstep.solve(rows, lockstep.Lanes(Y.ravel(), C, C, loss), 1e-7, 2000, 0)
+    for loss in (lockstep.LOGISTIC, lockstep.SQUARED_HINGE)
+]
+np.savez(sys.argv[1], *(s.W for s in found), *(s.primal for s in found))
+assembly = "".join(lockstep.sweep.inspect_asm().values())
+print("zmm" in assembly, "ymm" in assembly, "vfmadd" in assembly)
+"""
+
+AVX2 = "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+movbe,+popcnt,+sse3,+ssse3,+sse4.1,+sse4.2,+cx16,+64bit"
+PROCESSORS = {
+    "none": {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""},
+    "avx2": {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": AVX2},
+}
+
+
+def answer(tmp_path, name, **env):
+    home = tmp_path / name
+    home.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(home / "found.npz")],
+        env={**os.environ, **env, "NUMBA_CACHE_DIR": str(home), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [array for _, array in sorted(np.load(home / "found.npz").items())], done.stdout.split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(PROCESSORS))
+def test_other_processors_give_the_same_answer(tmp_path, name):
+    native, _ = answer(tmp_path, "native")
+    other, (zmm, ymm, fused) = answer(tmp_path, name, **PROCESSORS[name])
+    assert zmm == "False"
+    assert (ymm, fused) == (("True", "True") if name == "avx2" else ("False", "False"))
+    for mine, theirs in zip(native, other, strict=True):
+        np.testing.assert_allclose(theirs, mine, rtol=1e-4, atol=1e-4 * np.abs(mine).max())

@@ -1,0 +1,25 @@
+import psutil
+
+from pipeline import host
+
+
+def test_memory_is_what_the_kernel_has_without_a_group(monkeypatch):
+    monkeypatch.setattr(host, "CGROUPS", ())
+    assert abs(host.free_memory() - psutil.virtual_memory().available) < 2e9
+
+
+def test_a_control_group_is_the_lower_limit(monkeypatch, tmp_path):
+    limit, used = tmp_path / "max", tmp_path / "current"
+    monkeypatch.setattr(host, "CGROUPS", ((str(limit), str(used)),))
+    free = host.free_memory()
+    limit.write_text("5000\n")
+    used.write_text("2000\n")
+    assert host.free_memory() == 3000
+    used.write_text("9000\n")
+    assert host.free_memory() == 0
+    limit.write_text("max\n")
+    assert abs(host.free_memory() - free) < 2e9
+
+
+def test_disk_of_a_folder_that_is_not_there_yet(tmp_path):
+    assert abs(host.free_disk(tmp_path / "a" / "b") - host.free_disk(tmp_path)) < 1e9
