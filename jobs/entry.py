@@ -191,7 +191,9 @@ def fit(
             recipes = job.recipes(plan.files if plan else None)
             grow = _growth(job, recipes, labels, info)
             stages = [stage for stage in FIT if only is None or stage.name in only]
-            redone = _refuse_others(job, stages, recipes, overwrite) if grow is None else []
+            names = [stage.name for stage in FIT]
+            checked = stages if grow is None else [s for s in stages if names.index(s.name) < names.index("train")]
+            redone = _refuse_others(job, checked, recipes, overwrite)
             if only != ("register",):  # where a finished run is sent to is no part of it
                 with explained(run.root, "write to"):
                     config = info["config"] if info and grow is not None else cfg.model_dump(mode="json")
@@ -219,12 +221,18 @@ def _growth(job, recipes, labels, info):
     """
     manifest = job.run.manifest("train")
     if not labels:
+        # what a budget left over in a run of blocks goes on block by block; here there are none to go on with
+        waiting = (
+            ("not_selected", "out_of_time") if manifest and manifest["recipe"].get("refits") else ("not_selected",)
+        )
         statuses = manifest.get("statuses", {}) if manifest else {}
-        if not statuses.get("not_selected") or manifest["fingerprint"] != fingerprint(recipes["train"]):
+        if not any(statuses.get(status) for status in waiting):
+            return None
+        if manifest["fingerprint"] != fingerprint(recipes["train"]):
             return None
         models = job.run.read("label_models", ["label_id", "status"]).to_pylist()
         names = job.run.read("labels", ["label"])["label"].to_pylist()
-        labels = tuple(names[row["label_id"]] for row in models if row["status"] == "not_selected")
+        labels = tuple(names[row["label_id"]] for row in models if row["status"] in waiting)
         log.info("train: %d labels are not trained yet", len(labels))
     base = recipes["train"]
     if manifest is not None:

@@ -422,9 +422,9 @@ def sampled(lanes: Lanes, rows: np.ndarray, positives: np.ndarray, stride: int, 
     """
     boost = np.float32(stride)
     if whole is not None:
-        rest = rows[~whole[rows]][::stride]
+        rest = rows[~whole[rows]][::stride].copy()
         return [(rows[whole[rows]], lanes.c_pos, lanes.c_neg), (rest, boost * lanes.c_pos, boost * lanes.c_neg)]
-    sample = rows[::stride]
+    sample = rows[::stride].copy()  # numba would compile once more for a strided array
     frequent = positives >= FREQUENT
     rare = _positive_in(lanes.sign, ~frequent)
     rare[sample] = False

@@ -134,6 +134,26 @@ def test_labels_that_are_not_begun_in_time_wait_for_the_next_run(golden, copy):
     assert prints(done)["metrics.json"] == prints(golden)["metrics.json"]
 
 
+def test_a_refit_that_ran_out_of_time_is_finished_by_the_next_fit(golden, copy):
+    run = again(copy(), "train.budget=1e-6", labels=["sport"])
+    assert statuses(run)["sport"] == "out_of_time"
+    before = rows(run, "label_models")
+    run = again(run)
+    assert statuses(run) == statuses(golden)
+    after = rows(run, "label_models")
+    assert {name for name, _ in before if before[name, None] != after[name, None]} == {"sport"}
+
+
+def test_labels_of_another_input_are_refused(golden, copy, toy, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(toy.read_text().replace("the", "thy"))
+    run = copy("featurize")
+    cfg, _ = config.load(base=run.info["config"])
+    with pytest.raises(ConfigError, match="other input"):
+        entry.fit(str(run.root), str(other), cfg, labels=("sport",))
+    assert run.finished("featurize")["fingerprint"] == golden.finished("featurize")["fingerprint"]
+
+
 def test_a_warm_start_ends_where_a_cold_one_does(golden, fit, toy, tmp_path):
     run = fit(toy, f"featurize.vocabulary={golden.root}", f"train.warm_start={golden.root}", "train.gap=1e-6")
     cold = fit(toy, "train.gap=1e-6", run=tmp_path / "cold")

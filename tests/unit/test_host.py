@@ -23,3 +23,24 @@ def test_a_control_group_is_the_lower_limit(monkeypatch, tmp_path):
 
 def test_disk_of_a_folder_that_is_not_there_yet(tmp_path):
     assert abs(host.free_disk(tmp_path / "a" / "b") - host.free_disk(tmp_path)) < 1e9
+
+
+def test_the_tightest_of_several_groups_counts(monkeypatch, tmp_path):
+    pairs = []
+    for name, allowed in (("two", 9000), ("one", 4000)):
+        (tmp_path / name).write_text(f"{allowed}\n")
+        (tmp_path / f"{name}.used").write_text("1000\n")
+        pairs.append((str(tmp_path / name), str(tmp_path / f"{name}.used")))
+    for order in (pairs, pairs[::-1], [*pairs, (str(tmp_path / "absent"), str(tmp_path / "absent"))]):
+        monkeypatch.setattr(host, "CGROUPS", order)
+        assert host.free_memory() == 3000
+
+
+def test_sizes_are_shown_in_megabytes_below_a_gigabyte():
+    assert [host.shown_bytes(count) for count in (0, 56_700_000, 999_000_000, 1e9, 1_260_000_000)] == [
+        "0 MB",
+        "57 MB",
+        "999 MB",
+        "1.0 GB",
+        "1.3 GB",
+    ]

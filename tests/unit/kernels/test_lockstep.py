@@ -17,6 +17,7 @@ from pipeline.kernels.lockstep import (
     below,
     certify,
     margins,
+    nonzeros,
     relative,
     row_squares,
     sampled,
@@ -528,6 +529,20 @@ def test_rows_below_a_margin_are_found_in_the_lanes_that_are_known(limit):
     want[1::2] = False
     assert_array_equal(found, want)
     assert 0 < want.sum() < rows.size
+
+
+def test_nonzeros_of_each_lane_are_numpys():
+    W = np.random.default_rng(5).normal(size=(40, LANES)).astype(np.float32)
+    W[np.abs(W) < 1] = 0
+    W[:, 3], W[-1] = 0, 1  # a lane without weights; the bias is left out
+    W[5, 2] = -0.0
+    found = nonzeros(W.ravel())
+    assert len(found) == LANES
+    for lane, (features, weights) in enumerate(found):
+        assert_array_equal(features, np.flatnonzero(W[:-1, lane]))
+        assert_array_equal(weights, W[features, lane])
+        assert (features.dtype, weights.dtype) == (np.int32, np.float32)
+    assert found[3][0].size == 0
 
 
 def test_tally_counts_signs():

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from pipeline.learners.placement import blocks, expected_cost, label_groups, matrix_bytes, worker_bytes
+from tests.reference import least_makespan
 
 
 def support_of(seed=0, labels=200):
@@ -36,9 +37,37 @@ def test_blocks_hold_whole_groups_and_are_balanced(seed):
         loads.append(sum(cost_of.pop(pair) for pair in pairs))  # every group once, none cut
     assert not cost_of
     assert loads == sorted(loads, reverse=True)
-    best = max(costs.sum() / 8, costs.max())  # no arrangement is below
-    assert loads[0] <= (4 / 3) * best + 1e-9 or loads[0] <= best + costs.max()
+    # a list schedule ends at most one group above the mean (Graham, 1969)
+    assert loads[0] <= costs.sum() / 8 + costs.max() * (1 - 1 / 8) + 1e-9
     assert blocks(groups, costs, 8) == found
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_fullest_block_is_at_most_a_third_above_the_best_possible(seed, count):
+    costs = np.random.default_rng(seed).choice([1.0, 2.0, 3.0, 5.0, 5.5], 9)
+    found = blocks([[k] for k in range(9)], costs, count)
+    best = least_makespan(costs, count)
+    assert best <= max(costs[block].sum() for block in found) <= (4 / 3 - 1 / (3 * count)) * best + 1e-9
+
+
+def test_the_bound_is_reached_where_graham_reaches_it():
+    """5 5 4 4 3 3 3 on three blocks: the best is 9, longest first gives 11."""
+    costs = np.array([5.0, 5, 4, 4, 3, 3, 3])
+    assert least_makespan(costs, 3) == 9
+    assert max(costs[block].sum() for block in blocks([[k] for k in range(7)], costs, 3)) == 11
+
+
+def test_seconds_of_the_last_run_decide_the_blocks():
+    """By support alone the frequent labels would stand apart; what the last run took says otherwise."""
+    support = np.array([5000, 4000, 2, 1])
+    groups = label_groups(support, 1)
+    by_support, by_seconds = (
+        blocks(groups, [expected_cost(support, group, known) for group in groups], 2)
+        for known in (None, np.array([1.0, 1.0, 1.0, 9.0]))
+    )
+    assert {frozenset(block) for block in by_support} == {frozenset({0, 3}), frozenset({1, 2})}
+    assert {frozenset(block) for block in by_seconds} == {frozenset({3}), frozenset({0, 1, 2})}
 
 
 def test_more_blocks_than_groups_and_groups_that_cost_nothing():
