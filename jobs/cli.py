@@ -34,7 +34,13 @@ Debug = Annotated[bool, typer.Option("--debug", help="Traceback on failure.")]
 
 def _names(item: str) -> list[str]:
     """Names separated by commas; one that holds a comma stands in double quotes, as in CSV."""
-    return [name for name in next(csv.reader([item], skipinitialspace=True)) if name]
+    try:
+        return [name for name in next(csv.reader([item], skipinitialspace=True, strict=True), []) if name]
+    except csv.Error as error:
+        raise configuration.ConfigError(
+            f"--labels {item[:100]!r}: {error}; expected names separated by commas, each on one line, "
+            "in double quotes where it holds a comma"
+        ) from error
 
 
 def _guarded(function, debug: bool) -> None:
@@ -64,7 +70,9 @@ def fit(
         raise typer.BadParameter("give --input PATH (it may be left out with --labels and a run that is there)")
 
     def command():
-        chosen = tuple(name for item in labels for name in _names(item))
+        chosen = tuple(dict.fromkeys(name for item in labels for name in _names(item)))
+        if labels and not chosen:
+            raise configuration.ConfigError("--labels names no label; expected NAME,...")
         base = Run(run).info["config"] if chosen and Run(run).exists else None
         cfg, _ = configuration.load(config, [*set, *entry.master_setting(master)], base)
         only = None if input else ("train", "calibrate", "evaluate", "register")

@@ -186,10 +186,11 @@ def fit(
     with run.writing():
         try:
             _refuse_settings(job, info, overwrite, labels)
+            _forget_damaged_refits(run)
             if read and plan is None:
                 plan = inputs.planned(input_path, cfg, job.spark)
             recipes = job.recipes(plan.files if plan else None)
-            grow = _growth(job, recipes, labels, info)
+            grow = _growth(job, recipes, labels) if only is None or "train" in only else None
             stages = [stage for stage in FIT if only is None or stage.name in only]
             names = [stage.name for stage in FIT]
             checked = stages if grow is None else [s for s in stages if names.index(s.name) < names.index("train")]
@@ -214,7 +215,20 @@ class Growth(NamedTuple):
     fresh: bool  # no stage train is finished yet
 
 
-def _growth(job, recipes, labels, info):
+def _forget_damaged_refits(run):
+    """A refitted stage train that is not whole any more is made from the run's settings alone, and says so."""
+    manifest = run.manifest("train")
+    if manifest and manifest["recipe"].get("refits") and (damage := run.damage("train")):
+        labels = sorted({name for refit in manifest["recipe"]["refits"] for name in refit["labels"]})
+        log.warning(
+            "train: %s; all labels are trained again with the settings of the run: repeat --labels for %s",
+            damage,
+            shown(", ".join(labels), 500),
+        )
+        run.drop([stage.name for stage in FIT[[stage.name for stage in FIT].index("train") :]])
+
+
+def _growth(job, recipes, labels):
     """What `--labels` asks for, or None; recipes of train and of what builds on it are changed to say so.
 
     Without --labels, labels that an earlier `--labels` left untrained are solved now.
@@ -235,6 +249,11 @@ def _growth(job, recipes, labels, info):
         labels = tuple(names[row["label_id"]] for row in models if row["status"] in waiting)
         log.info("train: %d labels are not trained yet", len(labels))
     base = recipes["train"]
+    if manifest is None and any((job.run.root / "train").glob("blocks-*/block-*.json")):
+        raise ConfigError(
+            f"{job.run.root}: the training of all labels was begun and not finished; "
+            "run the same `tagmill fit` without --labels to finish it, or choose another --run"
+        )
     if manifest is not None:
         known = {key: value for key, value in manifest["recipe"].items() if key not in ("settings", "refits")}
         if known != {key: value for key, value in base.items() if key not in ("settings", "refits")}:
@@ -245,11 +264,11 @@ def _growth(job, recipes, labels, info):
         base = manifest["recipe"]
     settings = stage_settings("train", job.cfg)
     other = {key: value for key, value in settings.items() if manifest and base["settings"].get(key) != value}
-    refit = {"labels": sorted(labels), "settings": {**other, **job._contents("train")}}
+    refit = {"labels": sorted(set(labels)), "settings": {**other, **job._contents("train")}}
     recipes["train"] = {**base, "refits": [*base.get("refits", []), refit]}
     for stage in FIT[[stage.name for stage in FIT].index("train") + 1 :]:
         recipes[stage.name]["inputs"] = {name: fingerprint(recipes[name]) for name in upstream(stage)}
-    return Growth(tuple(sorted(labels)), manifest is None)
+    return Growth(tuple(sorted(set(labels))), manifest is None)
 
 
 def _refuse_unknown_labels(run, labels):
@@ -265,7 +284,11 @@ def _refuse_unknown_labels(run, labels):
 
 
 def _refuse_settings(job, info, overwrite, labels=()):
-    """Stop where run.json has other settings."""
+    """Stop where run.json has other settings, or where the run is to go on from itself."""
+    for key in ("train.warm_start", "featurize.vocabulary"):
+        path = configuration.flat(job.cfg)[key]
+        if path and Run(path).root.resolve() == job.run.root.resolve():
+            raise ConfigError(f"{key} is {shown(path)}, the folder of this run; expected an earlier run")
     if info is not None and labels:
         other = [
             d for d in configuration.differences(info["config"], job.cfg.model_dump(mode="json"))
@@ -338,7 +361,8 @@ def run_stage(
     manifest = run.manifest(stage.name)
     if manifest and manifest["fingerprint"] == mark:
         damage = run.damage(stage.name)
-        if damage is None and manifest.get("statuses", {}).get("out_of_time"):
+        late = manifest.get("statuses", {}).get("out_of_time") and not manifest["recipe"].get("refits")
+        if damage is None and late:
             damage = f"{manifest['statuses']['out_of_time']:,} labels were not begun within train.budget"
             run.drop([s.name for s in FIT[FIT.index(stage) :]])
         if damage is None:
@@ -354,7 +378,8 @@ def run_stage(
     if growing:
         _refuse_unknown_labels(run, grow.labels)  # type: ignore[union-attr]
     # the blocks of train outlive an attempt: a second run solves only what is missing
-    attempt = run.attempt(stage.name, f"blocks-{mark}" if stage.name == "train" and not growing else None)
+    folder = f"{'refit' if growing else 'blocks'}-{mark}" if stage.name == "train" else None
+    attempt = run.attempt(stage.name, folder)
     module = __import__(f"pipeline.stages.{stage.name}", fromlist=["summary"])
     arguments = {
         "ingest": lambda: (
@@ -381,6 +406,8 @@ def run_stage(
         outcome = getattr(module, "refit" if growing else stage.name)(*arguments)
     rows = {name: sum(item["rows"] for item in items) for name, items in outcome.tables.items()}
     summary = module.summary(outcome.facts, rows)
+    if growing:  # nothing outlives the models that it was made from
+        run.drop([s.name for s in FIT[FIT.index(stage) + 1 :]])
     run.commit(stage.name, attempt, recipe, outcome.tables, {**outcome.facts, **meter.facts(), "summary": summary})
     if stage.name == "evaluate":
         _publish(run)
@@ -389,7 +416,8 @@ def run_stage(
 
 def _matrix_key(run, recipe):
     """Names the matrix in a host's cache: by content, and by run, so that no run cleans what another one maps."""
-    place = hashlib.sha256(str(run.root).encode()).hexdigest()[:8]
+    start = recipe.get("refits", [recipe])[-1]["settings"].get("train.warm_start", "")
+    place = hashlib.sha256(f"{run.root}\0{start}".encode()).hexdigest()[:8]
     return f"matrix-{recipe['inputs']['featurize']}-{recipe['inputs']['split']}-{place}"
 
 

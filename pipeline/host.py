@@ -5,22 +5,34 @@ from pathlib import Path
 
 import psutil
 
-CGROUPS = (  # limit and use, version 2 and version 1
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+CGROUPS = (  # limit, use, and statistics, version 2 and version 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+    ),
 )
+CACHED = ("inactive_file", "total_inactive_file")  # file pages that the kernel gives up when it needs them
 
 
 def free_memory() -> int:
     """Bytes that processes can still take: what the kernel has, or what the control group allows, if that is less."""
     free = psutil.virtual_memory().available
-    for limit, used in CGROUPS:
+    for limit, used, statistics in CGROUPS:
         try:
-            allowed = int(Path(limit).read_text()) - int(Path(used).read_text())
+            allowed = int(Path(limit).read_text()) - int(Path(used).read_text()) + _cached(Path(statistics))
         except (OSError, ValueError):  # no such group, or "max"
             continue
         free = min(free, max(allowed, 0))
     return free
+
+
+def _cached(statistics):
+    if not statistics.is_file():
+        return 0
+    found = dict(line.split()[:2] for line in statistics.read_text().splitlines() if line.strip())
+    return max(int(found.get(name, 0)) for name in CACHED)
 
 
 def free_disk(folder: Path) -> int:

@@ -302,7 +302,8 @@ def _fit_candidate(group, X, gold, cfg, extras, start, inside, candidate, held, 
             raise ArithmeticError("the weights are not finite; the features hold values too large for float32")
         solver_gap = np.maximum(solver_gap, solution.gaps)
         if fold is None or not cfg.folds:
-            final, pruned = solution, pruning.prune(X, problem, solution, cfg.prune)
+            pruned = pruning.prune(X, problem, solution, cfg.prune)
+            final = solution._replace(W=pruned.cuts, A=pruned.cuts)  # its numbers, without the arrays
             kept = pruned.W
         else:
             kept = np.empty_like(solution.W)
@@ -312,6 +313,7 @@ def _fit_candidate(group, X, gold, cfg, extras, start, inside, candidate, held, 
             Z = np.empty(unseen.size * LANES, np.float32)
             lockstep.margins(X.indptr, X.indices, X.data, unseen, kept, Z)
             scores[place[unseen]] = Z.reshape(-1, LANES)
+        del solution, kept, problem  # before the next ones are made
     return _Fitted(
         W=pruned.W.reshape(-1, LANES),
         held=scores,

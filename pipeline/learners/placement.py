@@ -70,8 +70,8 @@ def worker_bytes(rows: int, features: int, candidates: int) -> int:
     """Bytes that one Python worker holds while it solves a group, beside the matrix.
 
     Weights of the group, the pruned ones, a trial, and the best so far where there are candidates; dual variables,
-    scores and signs by row.
+    scores, signs and temporary arrays by row.  Held against what tracemalloc sees.
     """
-    weights = 4 * LANES * (features + 1) * (3 if candidates == 1 else 5)
-    by_row = rows * LANES * (4 + 4 * (1 if candidates == 1 else 3) + 1) + 16 * rows
+    weights = 4 * LANES * (features + 1) * (5 if candidates == 1 else 6)
+    by_row = rows * LANES * (4 * (5 if candidates == 1 else 6) + 1) + 16 * rows
     return PROCESS + weights + by_row

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.kernels.text import smooth_idf
 from pipeline.learners.vectorizer import Vocabulary, batches, count_documents, one_array, vectorize
 from pipeline.stages.parts import Outcome, map_tasks, run_tasks
@@ -27,7 +27,14 @@ def featurize(spark, run: Run, attempt: Path, cfg) -> Outcome:
     pairs = list(zip(run.files("documents"), run.files("folds"), strict=True))
     training = run.finished("split")["documents"]["train"]
     if cfg.featurize.vocabulary:
-        vocabulary, collisions = Run(cfg.featurize.vocabulary).read("vocabulary", verify=True), 0
+        earlier = Run(cfg.featurize.vocabulary)
+        ngrams = earlier.info["config"].get("featurize", {}).get("ngrams")
+        if ngrams != cfg.featurize.ngrams:
+            raise ConfigError(
+                f"featurize.vocabulary is {earlier.root}, made with featurize.ngrams = {ngrams}; "
+                f"expected {cfg.featurize.ngrams}, as this run has it"
+            )
+        vocabulary, collisions = earlier.read("vocabulary", verify=True), 0
     else:
         counted, collisions = count_terms(spark, pairs, cfg.featurize.ngrams, cfg.featurize.min_df)
         vocabulary = choose_terms(counted, training, cfg.featurize)

@@ -59,11 +59,15 @@ def train(spark, run: Run, attempt: Path, cfg, key: str) -> Outcome:
 def refit(spark, run: Run, attempt: Path, cfg, key: str, names: Sequence[str]) -> Outcome:
     """Solve the labels `names` only; the rows of all others are those of the finished stage, or `not_selected`.
 
-    attempt: a new folder; parts of the finished stage that hold none of the labels are linked into it.
+    attempt: a folder of this refit, where a killed one goes on; parts of the finished stage that hold none of the
+        labels are linked into it.
+
+    train.budget counts only where none of the labels has a model yet: a model is not given up for a constant.
     """
     work = _Work(spark, run, attempt, cfg, key)
     number = {name: label_id for label_id, name in enumerate(work.names)}
-    chosen = sorted(number[name] for name in names)
+    chosen = sorted({number[name] for name in names})
+    work.late = not _trained(run, chosen)
     kept = {name: _kept_parts(run, attempt, name, chosen) for name in BLOCK_TABLES}
     first = max((int(item["file"].rsplit("-", 1)[1].split(".")[0]) + 1 for item in kept["label_models"]), default=0)
     if run.manifest("train") is None:
@@ -71,11 +75,23 @@ def refit(spark, run: Run, attempt: Path, cfg, key: str, names: Sequence[str]) -
         rows = constant_rows(others, work.support, int(work.rows), "not_selected")
         kept["label_models"] = [write_part(attempt, "label_models", rows, first)]
         first += 1
-    todo = work.arranged(chosen)
-    facts = work.solve([(first + k, block) for k, block in enumerate(todo)])
+    tasks = list(enumerate(work.planned(chosen), first))
+    done = {number: found for number, _ in tasks if (found := finished_block(attempt, number))}
+    missing = [task for task in tasks if task[0] not in done]
+    done.update(zip((number for number, _ in missing), work.solve(missing), strict=True))
+    facts = [done[number] for number, _ in tasks]
     tables = {name: [*kept[name], *(f["tables"][name] for f in facts)] for name in BLOCK_TABLES}
-    outcome = work.outcome(tables, facts, 0)
+    outcome = work.outcome(tables, facts, len(tasks) - len(missing))
     return outcome._replace(facts={**outcome.facts, "solved_anew": len(chosen)})
+
+
+def _trained(run, chosen):
+    """Whether some of the labels have a model in the finished stage."""
+    if run.manifest("train") is None:
+        return False
+    models = run.read("label_models", ["label_id", "status"])
+    mine = models.filter(pc.is_in(models["label_id"], value_set=pa.array(chosen, pa.int32())))
+    return any(status not in UNFINISHED for status in mine["status"].to_pylist())
 
 
 def _kept_parts(run, attempt, name, chosen):
@@ -90,6 +106,7 @@ def _kept_parts(run, attempt, name, chosen):
         if pc.any(mask).as_py():
             entries.append(write_part(attempt, name, pq.read_table(path).filter(pc.invert(mask)), number))
         else:
+            (attempt / path.name).unlink(missing_ok=True)
             try:
                 os.link(path, attempt / path.name)
             except OSError:  # a file system without hard links
@@ -110,27 +127,29 @@ class _Work:
         featurized = run.finished("featurize")
         self.features, self.nonzeros = featurized["terms"], featurized["nonzeros"]
         self.rows = run.finished("split")["documents"]["train"]
+        self.late = True  # whether train.budget counts
         self.earlier = earlier_run(cfg.train.warm_start, run) if cfg.train.warm_start else None
 
     def arranged(self, only: Iterable[int] | None = None) -> list[list[int]]:
         """Blocks of all labels, or of some, by expected cost."""
         per_block = self.cfg.train.labels_per_block
         groups = placement.label_groups(self.support, per_block, None if only is None else list(only))
-        known = learned_seconds(self.earlier or self.run, self.attempt, self.names)
+        known = learned_seconds(self.earlier, self.names) if self.earlier else None
         costs = [placement.expected_cost(self.support, group, known) for group in groups]
         labels = sum(map(len, groups))
         return placement.blocks(groups, costs, -(-labels // per_block))
 
-    def planned(self) -> list[list[int]]:
+    def planned(self, only: list[int] | None = None) -> list[list[int]]:
         """The blocks of this attempt: arranged once, so that a resumed run has the same."""
+        wanted = list(range(len(self.names))) if only is None else only
         path = self.attempt / "blocks.json"
         try:
             plan = json.loads(path.read_text())
-            if sorted(label for block in plan for label in block) == list(range(len(self.names))):
+            if sorted(label for block in plan for label in block) == wanted:
                 return plan
         except (OSError, ValueError, TypeError):
             pass
-        plan = self.arranged()
+        plan = self.arranged(only)
         write_json(path, plan)
         return plan
 
@@ -158,7 +177,7 @@ class _Work:
                     "model_files": [str(p) for p in earlier.files("label_models", verify=True)],
                     "earlier_names": earlier.read("labels", ["label"])["label"].to_pylist(),
                 },
-                "deadline": self.began + cfg.train.budget if cfg.train.budget else np.inf,
+                "deadline": self.began + cfg.train.budget if cfg.train.budget and self.late else np.inf,
                 "give_up": max(attempts(self.spark) - 1, 1),
             }
         )
@@ -277,15 +296,13 @@ def finished_block(folder: Path, number: int) -> dict | None:
     return facts if whole else None
 
 
-def learned_seconds(run: Run, attempt: Path, names: list[str]) -> np.ndarray | None:
-    """Seconds of each label in the last training of `run`, (L,) float64, NaN where unknown; None where there was none.
+def learned_seconds(run: Run, names: list[str]) -> np.ndarray | None:
+    """Seconds of each label in the training of `run`, (L,) float64, NaN where unknown; None where there was none.
 
     They stand in the markers of the blocks, and decide nothing but which groups share a task.
     """
     known: dict[str, float] = {}
     for marker in sorted((run.root / "train").glob("*/block-*.json")):
-        if marker.parent == attempt:
-            continue
         try:
             for labels, seconds in json.loads(marker.read_text())["groups"]:
                 known.update(dict.fromkeys(labels, seconds / max(len(labels), 1)))
@@ -330,6 +347,9 @@ def label_weights(path: str, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
             f"{shown(path)}: columns {', '.join(map(shown, table.column_names))}; "
             "expected label, and positive or negative or both"
         )
+    if not pa.types.is_string(table.schema.field("label").type):
+        kind = table.schema.field("label").type
+        raise ConfigError(f"{shown(path)}: the column label holds {shown(str(kind))}; expected strings")
     number = {name: label_id for label_id, name in enumerate(names)}
     seen = set()
     for row in table.to_pylist():

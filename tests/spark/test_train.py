@@ -135,13 +135,57 @@ def test_labels_that_are_not_begun_in_time_wait_for_the_next_run(golden, copy):
 
 
 def test_a_refit_that_ran_out_of_time_is_finished_by_the_next_fit(golden, copy):
-    run = again(copy(), "train.budget=1e-6", labels=["sport"])
-    assert statuses(run)["sport"] == "out_of_time"
-    before = rows(run, "label_models")
+    run = again(copy("featurize"), "train.budget=1e-6", labels=["sport"])
+    assert (statuses(run)["sport"], statuses(run)["music"]) == ("out_of_time", "not_selected")
+    assert statuses(again(run)) == statuses(golden)
+
+
+def test_a_model_is_not_given_up_for_a_budget(copy):
+    run = again(copy(), "train.C=1", "train.budget=1e-6", labels=["sport"])
+    assert (statuses(run)["sport"], rows(run, "label_models")["sport", None]["C"]) == ("ok", 1.0)
+
+
+def test_a_damaged_refit_is_trained_whole_and_says_what_is_lost(golden, copy, caplog):
+    run = again(copy(), "train.C=1", labels=["sport"])
+    path = run.files("label_models")[-1]
+    path.write_bytes(path.read_bytes() + b"x")
     run = again(run)
-    assert statuses(run) == statuses(golden)
-    after = rows(run, "label_models")
-    assert {name for name, _ in before if before[name, None] != after[name, None]} == {"sport"}
+    assert "repeat --labels for sport" in caplog.text
+    assert "refits" not in run.manifest("train")["recipe"]
+    assert prints(run) == prints(golden)
+
+
+def test_a_refit_that_is_cut_short_after_train_is_finished_by_a_plain_fit(copy, monkeypatch):
+    run = copy()
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.stages.calibrate.calibrate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            again(run, "train.C=1", labels=["sport"])
+    assert run.manifest("calibrate") is None
+    run = again(run)
+    assert rows(run, "label_models")["sport", None]["C"] == 1.0
+    assert run.finished("evaluate")["recipe"]["inputs"]["train"] == run.finished("train")["fingerprint"]
+
+
+def test_calibrate_alone_leaves_what_is_not_selected(copy):
+    run = again(copy("featurize"), labels=["sport"])
+    run = again(run, "calibrate.rule=fixed", only=("calibrate", "evaluate"), overwrite=True)
+    assert statuses(run)["music"] == "not_selected"
+
+
+def test_labels_do_not_throw_away_a_training_that_was_begun(copy):
+    run = copy()
+    run.drop(AFTER)
+    with pytest.raises(ConfigError, match=r"was begun and not finished; .* without --labels"):
+        again(run, labels=["sport"])
+
+
+@pytest.mark.parametrize("key", ["train.warm_start", "featurize.vocabulary"])
+def test_a_run_does_not_go_on_from_itself(golden, copy, key):
+    run = copy()
+    with pytest.raises(ConfigError, match=rf"{key} is .*, the folder of this run"):
+        again(run, f"{key}={run.root}", overwrite=True)
+    assert prints(run) == prints(golden)
 
 
 def test_labels_of_another_input_are_refused(golden, copy, toy, tmp_path):
@@ -275,15 +319,14 @@ def test_one_matrix_a_host_and_none_at_the_end(golden):
     assert 0 < facts["first_block_seconds"] <= facts["seconds"] + 1
 
 
-def test_the_next_run_knows_the_seconds_of_this_one(golden, tmp_path):
+def test_the_next_run_knows_the_seconds_of_this_one(golden, copy):
     names = golden.read("labels", ["label"])["label"].to_pylist()
-    known = train.learned_seconds(golden, tmp_path, [*names, "new"])
+    known = train.learned_seconds(golden, [*names, "new"])
     assert np.isfinite(known[:-1]).all()
     assert np.isnan(known[-1])
     support = np.ones(9, np.int64)
     assert placement.expected_cost(support, [0, 1], known) == pytest.approx(known[0] + known[1])
-    own = golden.root / "train" / golden.manifest("train")["attempt"]
-    assert train.learned_seconds(golden, own, names) is None
+    assert train.learned_seconds(copy("featurize"), names) is None
 
 
 def test_native_threads_do_not_multiply_the_cores_of_spark(spark):
