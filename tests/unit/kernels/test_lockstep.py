@@ -517,11 +517,12 @@ def test_scores_are_those_of_the_rows_asked_for():
     assert_allclose(by_lane(Z), (dense_of(X) @ by_lane(solution.W))[rows], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("unknown", [np.nan, -100.0])
 @pytest.mark.parametrize("limit", [-1.0, 0.0, 2.2])
-def test_rows_below_a_margin_are_found_in_the_lanes_that_are_known(limit):
+def test_rows_below_a_margin_are_found_in_the_lanes_that_are_known(limit, unknown):
     X, lanes, sign, _, W, _ = anything("logistic")
     known = np.arange(LANES) % 3 == 0
-    W[-LANES:][~known] = np.nan
+    W[-LANES:][~known] = unknown
     rows = np.arange(0, X.size, 2, dtype=np.int32)
     found = below(X.indptr, X.indices, X.data, lanes.sign, rows, W, known.astype(np.float32), limit)
     m = (sign * (dense_of(X) @ np.nan_to_num(by_lane(W))))[:, known]
@@ -591,7 +592,7 @@ def test_a_sample_of_rows_that_come_in_sixteens_has_the_losses_of_all(whole, mon
     copies = np.repeat(np.arange(X.size), 16)
     X = rows_of(dense_of(X)[copies, :-1])
     frequent, rare = y[copies], -np.ones(copies.size)
-    rare[[5, 900, 3000]] = 1
+    rare[[5, 896, 3000]] = 1  # 896 is one of every sixteenth
     lanes = lanes_of([frequent, rare, frequent], [2.0, 3.0, 1.0] + [1.0] * 13, 0.5)
     W = np.random.default_rng(0).normal(size=(X.features + 1, LANES))
     rows, positives = np.arange(X.size, dtype=np.int32), tally(lanes.sign)[0]
@@ -607,6 +608,7 @@ def test_a_sample_of_rows_that_come_in_sixteens_has_the_losses_of_all(whole, mon
         counted = np.sort(np.concatenate([pieces[0][0], pieces[1][0]]))
         assert_array_equal(counted, np.unique(counted))
         assert set(np.flatnonzero(rare > 0)) <= set(counted)
+        assert all(c_pos[1] == 3 for _, c_pos, _ in pieces)
         assert_allclose(found[1], want[1], rtol=0.01)
     assert sum(part.size for part, _, _ in pieces) < X.size / 3
 

@@ -95,14 +95,15 @@ def test_one_process_builds_and_the_others_wait(tmp_path):
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("place", [0, 2, -1])  # the first of a row follows the last of the one before
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_value_that_is_not_finite_is_refused_with_its_row(tmp_path, value):
+def test_a_value_that_is_not_finite_is_refused_with_its_row(tmp_path, value, place):
     features, folds, documents, lengths, *_, fold, _ = write(tmp_path, 2, n=400)
     row = next(i for i in range(300, 400) if fold[i] >= 0 and lengths[i] > 2)
     part = pq.read_table(features[1])
     lists = part["values"].to_pylist()
-    lists[row - 200][2] = value
-    where = part["indices"].to_pylist()[row - 200][2]
+    lists[row - 200][place] = value
+    where = part["indices"].to_pylist()[row - 200][place]
     values = pa.array(lists, pa.list_(pa.float32()))
     pq.write_table(part.set_column(part.schema.get_field_index("values"), "values", values), features[1])
     (tmp_path / "m").mkdir()
