@@ -43,7 +43,9 @@ def prune(X: Rows, lanes: Lanes, solution: Solution, share: float) -> Pruned:
     squares = _squares_by_size(solution.W)
     trial = aligned(solution.W.size)
 
-    pieces = lockstep.sampled(lanes, rows, positives, STRIDE)
+    # a sample of few rows misjudges rho, up to a larger share that drops less; all of few rows cost little
+    stride = STRIDE if rows.size >= STRIDE * lockstep.START_ROWS else 1
+    pieces = lockstep.sampled(lanes, rows, positives, stride)
     guess, dropped = _cuts(squares, FIRST * allowed)
     keep_large(solution.W, guess, trial)
     cost = (

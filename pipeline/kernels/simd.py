@@ -11,7 +11,7 @@ import math
 import numba as nb
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import cgutils, errors, types
 from numba.extending import intrinsic, models, register_model
 
 LANES = 16  # lanes of one vector; one cache line of float32
@@ -73,6 +73,8 @@ def _suffix(vector):
 
 
 def _element(context, builder, array_type, array, offset):
+    if array_type.layout != "C":  # offsets count elements in memory: a strided view would give others, silently
+        raise errors.NumbaTypeError(f"{array_type} is not contiguous")
     return builder.gep(context.make_array(array_type)(context, builder, array).data, [offset])
 
 

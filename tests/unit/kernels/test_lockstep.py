@@ -611,6 +611,7 @@ def test_a_sample_of_rows_that_come_in_sixteens_has_the_losses_of_all(whole, mon
         assert all(c_pos[1] == 3 for _, c_pos, _ in pieces)
         assert_allclose(found[1], want[1], rtol=0.01)
     assert sum(part.size for part, _, _ in pieces) < X.size / 3
+    assert all(part.flags.c_contiguous for part, _, _ in pieces)  # kernels read them as they lie in memory
 
 
 def test_a_sample_estimates_the_losses_of_all():

@@ -3,6 +3,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from numba import njit
+from numba.core.errors import NumbaError
 from numpy.testing import assert_allclose, assert_array_equal
 
 from pipeline.kernels import simd
@@ -290,6 +291,14 @@ def test_at_is_the_element_there(dtype):
     assert_array_equal(out, array)
     elements(array[5:], out)  # a view that starts inside
     assert_array_equal(out[:-5], array[5:])
+
+
+def test_arrays_with_strides_are_refused():
+    """Offsets count elements in memory: every eighth row would be the first eighth."""
+    strided, out = np.arange(64, dtype=np.float32)[::2], np.zeros(32, np.float32)
+    for call in (lambda: elements(strided, out), lambda: ask_for(strided, 0), lambda: exp_of(strided, out)):
+        with pytest.raises(NumbaError, match="not contiguous"):
+            call()
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int32, np.int64, np.float32])
