@@ -24,9 +24,8 @@ ConfigFile = Annotated[
     str | None, typer.Option("--config", metavar="FILE", help="YAML with what differs from the defaults.")
 ]
 Master = Annotated[str | None, typer.Option(metavar="URL", help="Spark master; default local[*].")]
-Input = Annotated[
-    str, typer.Option(metavar="PATH", help="Parquet, JSON Lines, CSV, TSV: file, folder, glob; or table:NAME.")
-]
+_PATH = typer.Option(metavar="PATH", help="Parquet, JSON Lines, CSV, TSV: file, folder, glob; or table:NAME.")
+Input = Annotated[str, _PATH]
 RunDir = Annotated[str, typer.Option(metavar="DIR", help="Run folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo what was made with other settings or input.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Traceback on failure.")]
@@ -51,10 +50,7 @@ def _guarded(function, debug: bool) -> None:
 @app.command()
 def fit(
     run: RunDir,
-    input: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="Parquet, JSON Lines, CSV, TSV: file, folder, glob; or table:NAME."),
-    ] = None,
+    input: Annotated[str | None, _PATH] = None,
     labels: Annotated[
         list[str],
         typer.Option(metavar="NAME,...", help="Train or refit these labels only; the others stay. May be repeated."),

@@ -16,7 +16,6 @@ import traceback
 import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from jobs import inputs
 from pipeline import config as configuration
@@ -192,8 +191,7 @@ def fit(
             recipes = job.recipes(plan.files if plan else None)
             grow = _growth(job, recipes, labels) if only is None or "train" in only else None
             stages = [stage for stage in FIT if only is None or stage.name in only]
-            names = [stage.name for stage in FIT]
-            checked = stages if grow is None else [s for s in stages if names.index(s.name) < names.index("train")]
+            checked = stages if grow is None else [s for s in stages if s.name not in from_on("train")]
             redone = _refuse_others(job, checked, recipes, overwrite)
             if only != ("register",):  # where a finished run is sent to is no part of it
                 with explained(run.root, "write to"):
@@ -208,11 +206,14 @@ def fit(
     return run
 
 
-class Growth(NamedTuple):
-    """Labels that are solved on top of a finished train stage, or alone in a new run."""
+def from_on(stage: str) -> list[str]:
+    """Names of `stage` and of those after it.
 
-    labels: tuple[str, ...]
-    fresh: bool  # no stage train is finished yet
+    >>> from_on("calibrate")
+    ['calibrate', 'evaluate', 'register']
+    """
+    names = [s.name for s in FIT]
+    return names[names.index(stage) :]
 
 
 def _forget_damaged_refits(run):
@@ -225,11 +226,13 @@ def _forget_damaged_refits(run):
             damage,
             shown(", ".join(labels), 500),
         )
-        run.drop([stage.name for stage in FIT[[stage.name for stage in FIT].index("train") :]])
+        run.drop(from_on("train"))
 
 
 def _growth(job, recipes, labels):
-    """What `--labels` asks for, or None; recipes of train and of what builds on it are changed to say so.
+    """Labels to solve on top of a finished stage train, or alone in a new run; None where there are none.
+
+    The recipes of train and of what builds on it are changed to say so.
 
     Without --labels, labels that an earlier `--labels` left untrained are solved now.
     """
@@ -266,9 +269,10 @@ def _growth(job, recipes, labels):
     other = {key: value for key, value in settings.items() if manifest and base["settings"].get(key) != value}
     refit = {"labels": sorted(set(labels)), "settings": {**other, **job._contents("train")}}
     recipes["train"] = {**base, "refits": [*base.get("refits", []), refit]}
-    for stage in FIT[[stage.name for stage in FIT].index("train") + 1 :]:
-        recipes[stage.name]["inputs"] = {name: fingerprint(recipes[name]) for name in upstream(stage)}
-    return Growth(tuple(sorted(set(labels))), manifest is None)
+    for stage in FIT:
+        if stage.name in from_on("train")[1:]:
+            recipes[stage.name]["inputs"] = {name: fingerprint(recipes[name]) for name in upstream(stage)}
+    return refit["labels"]
 
 
 def _refuse_unknown_labels(run, labels):
@@ -327,7 +331,7 @@ def _refuse_others(job, stages, recipes, overwrite):
                 f"{job.run.root}: stage {stage.name} was made from {_what_differs(manifest['recipe'], recipe)}; "
                 "choose another --run, or --overwrite to redo it and what builds on it"
             )
-        later = [s.name for s in FIT[[s.name for s in FIT].index(stage.name) :]]
+        later = from_on(stage.name)
         log.info("%s: redone from here on (%s)", stage.name, _what_differs(manifest["recipe"], recipe))
         return later
     return []
@@ -347,7 +351,7 @@ def _what_differs(before, after):
 
 
 def run_stage(
-    job: Job, stage: Stage, recipe: dict, plan: sources.Plan | None = None, grow: Growth | None = None
+    job: Job, stage: Stage, recipe: dict, plan: sources.Plan | None = None, grow: list[str] | None = None
 ) -> None:
     """One stage: skip it where it is current and whole, else compute, measure and publish it."""
     from jobs.meter import Meter
@@ -364,7 +368,7 @@ def run_stage(
         late = manifest.get("statuses", {}).get("out_of_time") and not manifest["recipe"].get("refits")
         if damage is None and late:
             damage = f"{manifest['statuses']['out_of_time']:,} labels were not begun within train.budget"
-            run.drop([s.name for s in FIT[FIT.index(stage) :]])
+            run.drop(from_on(stage.name))
         if damage is None:
             if stage.name == "evaluate":
                 _publish(run)
@@ -376,7 +380,7 @@ def run_stage(
         return
     growing = grow is not None and stage.name == "train"
     if growing:
-        _refuse_unknown_labels(run, grow.labels)  # type: ignore[union-attr]
+        _refuse_unknown_labels(run, grow)
     # the blocks of train outlive an attempt: a second run solves only what is missing
     folder = f"{'refit' if growing else 'blocks'}-{mark}" if stage.name == "train" else None
     attempt = run.attempt(stage.name, folder)
@@ -395,7 +399,7 @@ def run_stage(
             attempt,
             job.cfg,
             _matrix_key(run, recipe),
-            *([grow.labels] if growing else []),  # type: ignore[union-attr]
+            *([grow] if growing else []),
         ),
     }.get(stage.name, lambda: (job.spark, run, attempt, job.cfg))()
     with (
@@ -407,7 +411,7 @@ def run_stage(
     rows = {name: sum(item["rows"] for item in items) for name, items in outcome.tables.items()}
     summary = module.summary(outcome.facts, rows)
     if growing:  # nothing outlives the models that it was made from
-        run.drop([s.name for s in FIT[FIT.index(stage) + 1 :]])
+        run.drop(from_on(stage.name)[1:])
     run.commit(stage.name, attempt, recipe, outcome.tables, {**outcome.facts, **meter.facts(), "summary": summary})
     if stage.name == "evaluate":
         _publish(run)

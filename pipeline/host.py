@@ -1,6 +1,9 @@
-"""What a host has left: memory within its control group, disk under a folder."""
+"""A host: the memory that it has left within its control group, its disk, a lock among its processes."""
 
+import contextlib
+import fcntl
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -40,6 +43,14 @@ def free_disk(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold the lock `path` of this host; the kernel frees it when the holder dies."""
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def shown_bytes(count: float) -> str:

@@ -6,12 +6,10 @@ One process builds, under a lock; the others wait and map.  The folder is named 
 later run with the same features finds it again and a different one never mixes with it.
 """
 
-import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import DataError
+from pipeline.host import alone
 from pipeline.kernels.lockstep import Rows, row_squares
 from pipeline.learners.ovr import Gold, Start
 
@@ -34,14 +33,6 @@ def host_folder(cache_dir: str, key: str) -> Path:
     if root.is_symlink() or root.stat().st_uid != os.getuid():
         raise PermissionError(13, "belongs to another user", str(root))
     return root / key
-
-
-@contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Hold the lock `path` of this host; the kernel frees it when the holder dies."""
-    with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def shared(folder: Path, build: Callable[[Path], None]) -> bool:

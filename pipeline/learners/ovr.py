@@ -8,7 +8,6 @@ group is solved for each value, and every label keeps the one whose out-of-fold 
 held-out fold (train.folds = 0) one lane serves as final model and for the scores.
 """
 
-import fcntl
 import itertools
 import logging
 import time
@@ -19,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from pipeline.host import alone
 from pipeline.kernels import calibration, curves, lanes, lockstep, pruning
 from pipeline.kernels.lockstep import LOSSES, Lanes, Rows
 from pipeline.kernels.simd import LANES, aligned
@@ -199,8 +199,7 @@ def warm_up(lock_folder: Path, cfg) -> float:
     gold = Gold(np.array([0, n // 2]), np.arange(n // 2, dtype=np.int32), (np.arange(n) % 2).astype(np.int8))
     for array in (*X[:4], *gold):
         array.setflags(write=False)  # as arrays that are mapped: numba compiles for either kind apart
-    with open(lock_folder / "compile.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(lock_folder / "compile.lock"):
         fit_block([0], X, gold, cfg.model_copy(update={"C": (1.0, 2.0), "folds": 2, "sample": 0.99, "max_epochs": 4}))
     _warm.append(time.perf_counter() - began)
     return _warm[0]

@@ -45,15 +45,9 @@ def train(spark, run: Run, attempt: Path, cfg, key: str) -> Outcome:
     Raises DataError where more than train.max_failed labels failed, ConfigError where a host is too small.
     """
     work = _Work(spark, run, attempt, cfg, key)
-    todo = work.planned()
-    done = {number: found for number in range(len(todo)) if (found := finished_block(attempt, number))}
-    if done:
-        log.info("train: %d of %d blocks are done already", len(done), len(todo))
-    missing = [number for number in range(len(todo)) if number not in done]
-    done.update(zip(missing, work.solve([(number, todo[number]) for number in missing]), strict=True))
-    facts = [done[number] for number in range(len(todo))]
+    facts, resumed = work.solved(list(enumerate(work.planned())))
     tables = {name: [f["tables"][name] for f in facts] for name in BLOCK_TABLES}
-    return work.outcome(tables, facts, len(todo) - len(missing))
+    return work.outcome(tables, facts, resumed)
 
 
 def refit(spark, run: Run, attempt: Path, cfg, key: str, names: Sequence[str]) -> Outcome:
@@ -75,13 +69,9 @@ def refit(spark, run: Run, attempt: Path, cfg, key: str, names: Sequence[str]) -
         rows = constant_rows(others, work.support, int(work.rows), "not_selected")
         kept["label_models"] = [write_part(attempt, "label_models", rows, first)]
         first += 1
-    tasks = list(enumerate(work.planned(chosen), first))
-    done = {number: found for number, _ in tasks if (found := finished_block(attempt, number))}
-    missing = [task for task in tasks if task[0] not in done]
-    done.update(zip((number for number, _ in missing), work.solve(missing), strict=True))
-    facts = [done[number] for number, _ in tasks]
+    facts, resumed = work.solved(list(enumerate(work.planned(chosen), first)))
     tables = {name: [*kept[name], *(f["tables"][name] for f in facts)] for name in BLOCK_TABLES}
-    outcome = work.outcome(tables, facts, len(tasks) - len(missing))
+    outcome = work.outcome(tables, facts, resumed)
     return outcome._replace(facts={**outcome.facts, "solved_anew": len(chosen)})
 
 
@@ -152,6 +142,16 @@ class _Work:
         plan = self.arranged(only)
         write_json(path, plan)
         return plan
+
+    def solved(self, tasks: list[tuple[int, list[int]]]) -> tuple[list[dict], int]:
+        """Facts of each block, and how many were done before; the others are solved now."""
+        done = {number: found for number, _ in tasks if (found := finished_block(self.attempt, number))}
+        resumed = len(done)
+        if done:
+            log.info("train: %d of %d blocks are done already", resumed, len(tasks))
+        missing = [task for task in tasks if task[0] not in done]
+        done.update(zip((number for number, _ in missing), self.solve(missing), strict=True))
+        return [done[number] for number, _ in tasks], resumed
 
     def solve(self, tasks: list[tuple[int, list[int]]]) -> list[dict]:
         """Facts of each block, solved by one Spark job."""

@@ -13,28 +13,18 @@ RANDOM = np.random.default_rng(0).normal(size=(5, LANES)).astype(np.float32) * 1
 SMALLEST = float(np.finfo(np.float32).tiny)  # the smallest normal float32
 
 
-@njit
-def exp2_of(x, out):
-    for at in range(0, x.size, LANES):
-        store(out, at, simd.exp2(load(x, at)))
+def vectorwise(function):
+    """function(x) for arrays of whole vectors."""
+
+    @njit
+    def apply(x, out):
+        for at in range(0, x.size, LANES):
+            store(out, at, function(load(x, at)))
+
+    return apply
 
 
-@njit
-def sigmoid_of(x, out):
-    for at in range(0, x.size, LANES):
-        store(out, at, simd.sigmoid(load(x, at)))
-
-
-@njit
-def log_of(x, out):
-    for at in range(0, x.size, LANES):
-        store(out, at, simd.log(load(x, at)))
-
-
-@njit
-def exp_of(x, out):
-    for at in range(0, x.size, LANES):
-        store(out, at, simd.exp(load(x, at)))
+exp2_of, sigmoid_of, log_of, exp_of = map(vectorwise, (simd.exp2, simd.sigmoid, simd.log, simd.exp))
 
 
 @njit
