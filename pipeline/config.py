@@ -98,6 +98,12 @@ class SplitConfig(Section):
         "train", description="documents marked dev join the training folds, or are unused"
     )
     seed: int = Field(0, ge=0, le=MAX_SEED, description="of the hash that draws test documents and folds")
+    near_duplicates: float = Field(
+        0.9,
+        ge=0,
+        le=1,
+        description="similarity of texts on both sides of the split that is reported; 0: not looked for",
+    )
 
 
 class FeaturizeConfig(Section):
@@ -147,6 +153,9 @@ class TrainConfig(Section):
     labels_per_block: PositiveInt = Field(32, le=100_000, description="labels of one task, on average")
     warm_start: str = Field("", description="earlier run whose models the solver starts from; same vocabulary")
     max_failed: int = Field(0, ge=0, description="labels that may fail before the run stops with exit code 65")
+    suspicious: int = Field(
+        3, ge=0, le=1_000, description="documents a label, of each kind, whose gold its out-of-fold scores doubt most"
+    )
     budget: float = Field(
         0, ge=0, description="seconds after which no further labels are begun; those left get a constant; 0: no limit"
     )
@@ -179,12 +188,50 @@ class TrainConfig(Section):
 class CalibrateConfig(Section):
     """Scores to decisions."""
 
-    rule: Literal["per_label", "global", "fixed"] = Field(
-        "per_label", description="one threshold a label, one for all, or score 0"
+    rule: Literal[
+        "f_beta", "precision", "recall", "cost", "youden", "otsu", "pcut", "fixed",
+        "global", "budget", "joint", "rcut", "samples_f1",
+    ] = Field("f_beta", description="objective of the cuts: by label, across labels, by document")  # fmt: skip
+    beta: PositiveFloat = Field(
+        1.0, le=100, description="of rule f_beta: recall counts beta times as much as precision"
     )
-    guard: float = Field(2.0, ge=0, description="pseudo-positives, alike those of labels of similar support, per label")
-    micro: float = Field(0.05, ge=0, description="weight of a label's part in micro F1 beside its own F1")
-    pooling: float = Field(10.0, ge=0, description="the same for the map from scores to probabilities")
+    precision: float = Field(0.8, gt=0, le=1, description="floor of rule precision, under which recall is largest")
+    recall: float = Field(0.8, gt=0, le=1, description="floor of rule recall, under which precision is largest")
+    cost_fp: PositiveFloat = Field(1.0, description="of rule cost: what a wrong tag costs")
+    cost_fn: PositiveFloat = Field(1.0, description="of rule cost: what a missed tag costs")
+    at: float = Field(0.5, gt=0, lt=1, description="calibrated probability at which rule fixed tags")
+    k: PositiveInt = Field(5, le=10_000, description="tags a document of rule rcut")
+    budget: float = Field(0, ge=0, description="tags a document, on average, of rule budget; 0: as many as gold has")
+    guard: Literal["peers", "smoothed", "fbr", "shrink", "none", "nested"] = Field(
+        "peers", description="of rare labels, whose own curve is luck; nested: the one that is best across folds"
+    )
+    peers: float = Field(2.0, ge=0, description="guard peers: pseudo-positives, alike those of labels of like support")
+    fbr: float = Field(0.1, ge=0, le=1, description="guard fbr: labels whose best F1 is lower get their highest cut")
+    shrink: float = Field(10.0, ge=0, description="guard shrink: support at which own and global cut weigh the same")
+    micro: float = Field(0.05, ge=0, description="rule f_beta: weight of a label's part in micro F1 beside its own F")
+    at_least_one: bool = Field(False, description="a document without a tag gets its most probable label")
+    min_gap: float = Field(0, ge=0, description="log-odds by which that label must lead the second one")
+    at_most: int = Field(0, ge=0, description="tags a document, the most probable; 0: no limit")
+    rules: str = Field("", description="YAML file with rules between labels (implies, excludes, ...); empty: none")
+    calibration: Literal["platt", "isotonic", "temperature", "none"] = Field(
+        "platt", description="map from scores to probabilities"
+    )
+    pooling: float = Field(10.0, ge=0, description="pseudo-positives of like labels in each label's map")
+    isotonic_positives: PositiveInt = Field(100, description="calibration isotonic: labels with fewer get Platt's map")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_names(cls, data):
+        # runs of before: rule per_label, and guard as a number
+        if isinstance(data, dict) and data.get("rule") == "per_label":
+            data = {**data, "rule": "f_beta"}
+        if (
+            isinstance(data, dict)
+            and isinstance(data.get("guard"), int | float)
+            and not isinstance(data["guard"], bool)
+        ):
+            data = {**data, "guard": "peers", "peers": data["guard"]}
+        return data
 
 
 class EvaluateConfig(Section):
@@ -193,6 +240,9 @@ class EvaluateConfig(Section):
     if_undefined: Literal[0, 1] = Field(0, description="value of 0/0 in precision, recall, F1 and Jaccard")
     propensity_a: float = Field(0.55, ge=0, description="A of the propensity model (Jain et al. 2016)")
     propensity_b: float = Field(1.5, ge=0, description="B of the propensity model (Jain et al. 2016)")
+    bootstrap: int = Field(1_000, ge=0, le=100_000, description="resamples of the test documents; 0: no intervals")
+    confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="of the resamples")
 
 
 class TagConfig(Section):
