@@ -152,6 +152,9 @@ def show(
     ] = None,
     table: Annotated[str | None, typer.Option(metavar="NAME", help="One table of the run.")] = None,
     output: Annotated[str | None, typer.Option(metavar="FILE", help="Write the table to .parquet or .csv.")] = None,
+    thresholds: Annotated[
+        bool, typer.Option("--thresholds", help="What each rule for thresholds would give, side by side.")
+    ] = False,
     config: ConfigFile = None,
     set: Sets = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
@@ -164,6 +167,9 @@ def show(
 
         if run == "config":
             showing.settings(*configuration.load(config, set), as_json)
+        elif thresholds:
+            cfg, _ = configuration.load(config, set, Run(run).info["config"])
+            showing.thresholds(Run(run), cfg, as_json)
         elif table:
             showing.table(Run(run), table, output, as_json)
         elif label is not None:

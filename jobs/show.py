@@ -151,6 +151,43 @@ def _stage_grid(out, manifests):
     out.print(grid)
 
 
+def thresholds(run: Run, cfg: configuration.Config, as_json: bool) -> None:
+    """What each rule would give on documents it was not chosen on, from the stored curves."""
+    from pipeline.learners.decide import side_by_side
+    from pipeline.stages.calibrate import known_of
+
+    known = known_of(run, cfg)
+    rules = side_by_side(known, cfg.calibrate)
+    if as_json:
+        print(json.dumps({"rules": rules, "cross_fitted": known.maps.out_of_fold}, indent=1))
+        return
+    support = known.pooled.support()
+    documents, tags = int(known.pooled.rows().max(initial=0)), int(support.sum())
+    judged = (
+        "cuts of all folds but one, judged on that one" if known.maps.out_of_fold else "on what they were chosen on"
+    )
+    out = console()
+    grid = Grid(
+        title=f"{documents:,} training documents, {tags / max(documents, 1):.2f} gold labels each; {judged}",
+        title_justify="left",
+        show_edge=False,
+    )
+    grid.add_column("calibrate.rule")
+    for name in ("micro P", "micro R", "micro F1", "macro F1", "macro F1, all", "tags a document"):
+        grid.add_column(name, justify="right")
+    keys = ("micro_precision", "micro_recall", "micro_f1", "macro_f1", "macro_f1_all")
+    for rule, found in rules.items():
+        mark = " *" if rule == cfg.calibrate.rule else ""
+        grid.add_row(rule + mark, *(f"{found[k]:.4f}" for k in keys), f"{found['tags']:.2f}")
+    out.print(grid)
+    out.print(
+        f"macro F1 is over {int((support > 0).sum()):,} labels with a positive, and over all {support.size:,}; "
+        "* is the rule of the run",
+        highlight=False,
+    )
+    out.print(f"choose one: tagmill calibrate --run {run.root} --set calibrate.rule=NAME", highlight=False)
+
+
 def _number(value, digits=3):
     return "–" if value is None else f"{value:,.{digits}f}"
 

@@ -121,9 +121,11 @@ class TrainConfig(Section):
     """One linear model a label."""
 
     C: tuple[float, ...] = Field(
-        (20.0,), description="weight of the loss against the penalty (liblinear); a list: chosen per label"
+        (0.5,), description="weight of the loss against the penalty (liblinear); a list: chosen per label"
     )
-    loss: Literal["logistic", "squared_hinge"] = Field("logistic", description="of a row's margin")
+    loss: Literal["logistic", "squared_hinge"] = Field(
+        "squared_hinge", description="of a row's margin; logistic wants a C some forty times as large"
+    )
     positive_weight: tuple[float, ...] | Literal["balanced"] = Field(
         (1.0,), description="C of positives over C of negatives; a list: chosen per label; balanced: by base rate"
     )
@@ -190,8 +192,8 @@ class CalibrateConfig(Section):
 
     rule: Literal[
         "f_beta", "precision", "recall", "cost", "youden", "otsu", "pcut", "fixed",
-        "global", "budget", "joint", "rcut", "samples_f1",
-    ] = Field("f_beta", description="objective of the cuts: by label, across labels, by document")  # fmt: skip
+        "global", "budget", "joint",
+    ] = Field("f_beta", description="objective of the cuts, by label or (last row) across labels")  # fmt: skip
     beta: PositiveFloat = Field(
         1.0, le=100, description="of rule f_beta: recall counts beta times as much as precision"
     )
@@ -200,7 +202,6 @@ class CalibrateConfig(Section):
     cost_fp: PositiveFloat = Field(1.0, description="of rule cost: what a wrong tag costs")
     cost_fn: PositiveFloat = Field(1.0, description="of rule cost: what a missed tag costs")
     at: float = Field(0.5, gt=0, lt=1, description="calibrated probability at which rule fixed tags")
-    k: PositiveInt = Field(5, le=10_000, description="tags a document of rule rcut")
     budget: float = Field(0, ge=0, description="tags a document, on average, of rule budget; 0: as many as gold has")
     guard: Literal["peers", "smoothed", "fbr", "shrink", "none", "nested"] = Field(
         "peers", description="of rare labels, whose own curve is luck; nested: the one that is best across folds"
@@ -208,11 +209,7 @@ class CalibrateConfig(Section):
     peers: float = Field(2.0, ge=0, description="guard peers: pseudo-positives, alike those of labels of like support")
     fbr: float = Field(0.1, ge=0, le=1, description="guard fbr: labels whose best F1 is lower get their highest cut")
     shrink: float = Field(10.0, ge=0, description="guard shrink: support at which own and global cut weigh the same")
-    micro: float = Field(0.05, ge=0, description="rule f_beta: weight of a label's part in micro F1 beside its own F")
-    at_least_one: bool = Field(False, description="a document without a tag gets its most probable label")
-    min_gap: float = Field(0, ge=0, description="log-odds by which that label must lead the second one")
-    at_most: int = Field(0, ge=0, description="tags a document, the most probable; 0: no limit")
-    rules: str = Field("", description="YAML file with rules between labels (implies, excludes, ...); empty: none")
+    micro: float = Field(0.5, ge=0, description="rule f_beta: weight of a label's part in micro F1 beside its own F")
     calibration: Literal["platt", "isotonic", "temperature", "none"] = Field(
         "platt", description="map from scores to probabilities"
     )
@@ -240,9 +237,6 @@ class EvaluateConfig(Section):
     if_undefined: Literal[0, 1] = Field(0, description="value of 0/0 in precision, recall, F1 and Jaccard")
     propensity_a: float = Field(0.55, ge=0, description="A of the propensity model (Jain et al. 2016)")
     propensity_b: float = Field(1.5, ge=0, description="B of the propensity model (Jain et al. 2016)")
-    bootstrap: int = Field(1_000, ge=0, le=100_000, description="resamples of the test documents; 0: no intervals")
-    confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
-    seed: int = Field(0, ge=0, le=MAX_SEED, description="of the resamples")
 
 
 class TagConfig(Section):

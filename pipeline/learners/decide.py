@@ -1,25 +1,63 @@
-"""Curves and histograms -> thresholds and probability maps, one row a label."""
+"""Curves and histograms -> thresholds and probability maps, one row a label.
 
+The objective of the cuts is `calibrate.rule`.  By label: f_beta, precision, recall, cost, youden, otsu, pcut, fixed.
+Across labels: global, budget, joint.
+"""
+
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from pipeline.kernels import calibration
-from pipeline.kernels.curves import BINS, bin_centres
-from pipeline.kernels.thresholds import Histograms, at_or_above, global_cut, guarded_f1_cut, peers, prior
+from pipeline.kernels import thresholds as cuts
+from pipeline.kernels.calibration import MIN_SLOPE
+from pipeline.kernels.counts import label_metrics
+from pipeline.kernels.thresholds import Curves, Goal, Histograms
 from pipeline.learners.ovr import POOLED
+from pipeline.learners.probabilities import Lines, Maps, fit, maps, without_each
 from pipeline.tables import TABLES
 
+ALWAYS, NEVER = 0.0, float("inf")  # thresholds of constant models: their score is far above 0, or of no use
+GOALS = {
+    "f_beta": cuts.F_BETA,
+    "joint": cuts.F_BETA,
+    "precision": cuts.PRECISION,
+    "recall": cuts.RECALL,
+    "cost": cuts.COST,
+    "youden": cuts.YOUDEN,
+    "pcut": cuts.PCUT,
+}
+# what `nested` chooses among
+GUARDS: tuple[dict, ...] = (
+    {"guard": "none"},
+    {"guard": "smoothed"},
+    *({"guard": "fbr", "fbr": f} for f in (0.1, 0.2, 0.4)),
+    *({"guard": "shrink", "shrink": s} for s in (3.0, 10.0, 30.0)),
+    *({"guard": "peers", "peers": p} for p in (1.0, 2.0, 4.0, 8.0)),
+)
 
-class Curves(NamedTuple):
-    """(cut, tp, fp) of L labels, ragged like `Histograms`."""
 
-    indptr: np.ndarray
-    cut: np.ndarray
-    tp: np.ndarray
-    fp: np.ndarray
+class Evidence(NamedTuple):
+    """What thresholds are chosen from: out-of-fold curves and histograms, pooled and by fold, and the maps."""
+
+    curves: Curves
+    pooled: Histograms
+    folds: list[tuple[Curves, Histograms]]
+    maps: Maps
+
+    @property
+    def histograms(self) -> list[Histograms]:
+        return [h for _, h in self.folds]
+
+
+def evidence(curve_table: pa.Table, histogram_table: pa.Table, labels: int, cfg) -> Evidence:
+    """The tables `curves` and `histograms` as arrays, with the probability map of every label."""
+    pooled = histograms_of(histogram_table, POOLED, labels)
+    names = sorted(set(curve_table["fold"].unique().to_pylist()) - {POOLED})
+    folds = [(curves_of(curve_table, f, labels), histograms_of(histogram_table, f, labels)) for f in names]
+    return Evidence(curves_of(curve_table, POOLED, labels), pooled, folds, maps(pooled, [h for _, h in folds], cfg))
 
 
 def curves_of(table: pa.Table, fold: int, size: int) -> Curves:
@@ -34,7 +72,7 @@ def histograms_of(table: pa.Table, fold: int, size: int) -> Histograms:
     return Histograms(indptr, *(_flat(rows, name) for name in ("bin", "positives", "negatives")))
 
 
-def choose(curve_table: pa.Table, histogram_table: pa.Table, status: list[str], cfg) -> pa.Table:
+def choose(curve_table: pa.Table, histogram_table: pa.Table, status: Sequence[str], cfg) -> pa.Table:
     """One row of `thresholds` a label.
 
     Args:
@@ -45,87 +83,182 @@ def choose(curve_table: pa.Table, histogram_table: pa.Table, status: list[str], 
     A label without positives, or one whose training failed, is never tagged (threshold null).  One without negatives is
     always tagged: its constant score is far above 0.
     """
+    return decide(evidence(curve_table, histogram_table, len(status), cfg), status, cfg)[0]
+
+
+def decide(known: Evidence, status: Sequence[str], cfg) -> tuple[pa.Table, dict]:
+    """The table `thresholds` (see `choose`), and facts: the guard that was used, calibration before and after."""
     size = len(status)
-    pooled = histograms_of(histogram_table, POOLED, size)
-    folds = sorted(set(curve_table["fold"].unique().to_pylist()) - {POOLED})
-    cut, expected = _cuts(curves_of(curve_table, POOLED, size), pooled, cfg)
-    by_fold = np.array(
-        [
-            _cuts(curves_of(curve_table, fold, size), histograms_of(histogram_table, fold, size), cfg)[0]
-            for fold in folds
-        ]
-    ).reshape(len(folds), size)
-    a, b = _maps(pooled, cfg.pooling)
-    support = pooled.support()
-    rows = []
-    for label_id in range(size):
-        known = by_fold[np.isfinite(by_fold[:, label_id]), label_id]
-        threshold = float(cut[label_id])
-        if status[label_id] == "no_negatives":
-            threshold = 0.0
-        elif not status[label_id].startswith(("ok", "not_converged")):
-            threshold = float("inf")
-        rows.append(
-            {
-                "label_id": label_id,
-                "threshold": threshold if np.isfinite(threshold) else None,
-                "a": a[label_id],
-                "b": b[label_id],
-                "objective": cfg.rule,
-                "expected_f1": float(expected[label_id]) if np.isfinite(threshold) else None,
-                "spread": float(np.ptp(known)) if known.size > 1 else None,
-                "support": int(support[label_id]),
-            }
-        )
-    return pa.Table.from_pylist(rows, schema=TABLES["thresholds"].schema)
+    cfg, tried = nested(known, cfg) if cfg.guard == "nested" else (cfg, None)
+    cut, expected = label_cuts(known.curves, known.pooled, _lines(known.maps), cfg)
+    by_fold = [label_cuts(c, h, _lines(known.maps), cfg)[0] for c, h in known.folds]
+    by_fold = np.array(by_fold).reshape(len(known.folds), size)
+    finite = np.isfinite(by_fold)
+    spread = np.where(finite, by_fold, -np.inf).max(0, initial=-np.inf) - np.where(finite, by_fold, np.inf).min(
+        0, initial=np.inf
+    )
+    constant = np.array([s == "no_negatives" for s in status], bool)
+    trained = np.array([s.startswith(("ok", "not_converged")) for s in status], bool)
+    threshold = np.where(constant, ALWAYS, np.where(trained, cut, NEVER))
+    never = ~np.isfinite(threshold)
+    columns = {
+        "label_id": np.arange(size, dtype=np.int32),
+        "threshold": pa.array(threshold, mask=never),
+        "a": known.maps.a,
+        "b": known.maps.b,
+        "knot_score": pa.array(known.maps.knot_score, pa.list_(pa.float64())),
+        "knot_log_odds": pa.array(known.maps.knot_log_odds, pa.list_(pa.float64())),
+        "calibration": pa.array(known.maps.calibration, pa.string()),
+        "objective": pa.array([cfg.rule] * size, pa.string()),
+        "expected_f1": pa.array(expected, mask=never),
+        "spread": pa.array(spread, mask=finite.sum(axis=0) < 2),
+        "support": known.pooled.support(),
+    }
+    for name in ("brier", "log_loss", "ece"):
+        for when in ("before", "after"):
+            columns[f"{name}_{when}"] = pa.array(getattr(known.maps, f"{name}_{when}"), from_pandas=True)
+    facts = {
+        "rule": cfg.rule,
+        "guard": {key: getattr(cfg, key) for key in ("guard", "peers", "fbr", "shrink")},
+        "calibration": {k: None if np.isnan(v) else v for k, v in known.maps.pooled.items()},
+        "calibration_out_of_fold": known.maps.out_of_fold,
+        **({"guards_tried": tried} if tried else {}),
+    }
+    return pa.table(columns, schema=TABLES["thresholds"].schema), facts
 
 
-def _cuts(curves: Curves, histograms: Histograms, cfg):
-    """Cut and expected F1 of every label under the configured rule; +inf for labels without positives."""
-    size = histograms.size
-    cuts, expected = np.full(size, np.inf), np.zeros(size)
-    common, micro_f1 = global_cut(histograms)
-    bucket, peer_p, peer_n = peers(histograms)
+def label_cuts(curves: Curves, histograms: Histograms, lines: Lines, cfg) -> tuple[np.ndarray, np.ndarray]:
+    """Cut of every label under the configured rule and F1 (f_beta: F-beta) there, (L,) each; +inf without positives.
+
+    lines: maps to probabilities, for the rules that compare labels by them.
+    """
+    beta = cfg.beta if cfg.rule == "f_beta" else 1.0
+    common, micro_f = cuts.global_cut(histograms, cfg.beta)
+    peers = cuts.peers(histograms)
+    order = np.argsort(-histograms.support(), kind="stable")
+
+    def solved(**goal):
+        return cuts.label_cuts(Goal(**goal), order, *curves, *histograms, *peers)
+
+    if cfg.rule in GOALS:
+        first, second = {
+            "precision": (cfg.precision, 1.0),
+            "recall": (cfg.recall, 1.0),
+            "cost": (cfg.cost_fp, cfg.cost_fn),
+        }.get(cfg.rule, (beta, 1.0))
+        guard = cfg.peers if cfg.guard == "peers" else 0.0
+        plain = {"kind": GOALS[cfg.rule], "first": float(first), "second": float(second)}
+        if cfg.rule == "joint":
+            return solved(**plain, joint=True, guard=guard, smooth=float(cfg.guard == "smoothed"))
+        if cfg.rule == "f_beta":
+            plain |= {"micro": cfg.micro, "micro_f": micro_f, "smooth": float(cfg.guard == "smoothed")}
+        found, expected = solved(**plain, guard=guard)
+        known = np.isfinite(found)
+        if cfg.guard == "fbr" and cfg.rule == "f_beta":
+            poor = known & (expected < cfg.fbr)
+            found[poor] = cuts.ceilings(histograms)[poor]
+        if cfg.guard == "shrink":
+            share = histograms.support() / np.maximum(histograms.support() + cfg.shrink, 1e-300)
+            found[known] = (share * np.where(known, found, 0.0) + (1 - share) * common)[known]
+        if cfg.guard in ("fbr", "shrink"):
+            return found, _expected(found, histograms, beta)
+        return found, expected
+    if cfg.rule == "otsu":
+        found = cuts.otsu_cuts(histograms.indptr, histograms.bins, histograms.positives + histograms.negatives)
+    elif cfg.rule == "global":
+        found = np.full(histograms.size, common)
+    else:
+        at = float(np.log(cfg.at / (1 - cfg.at)))
+        if cfg.rule == "budget":
+            documents = int(histograms.rows().max(initial=0))
+            tags = cfg.budget * documents if cfg.budget else float(histograms.support().sum())
+            at = cuts.budget_cut(histograms, _log_odds(histograms, lines), tags)
+        found = scores_at(at, lines)
+    found = np.where(histograms.support() > 0, found, np.inf)
+    return found, _expected(found, histograms, beta)
+
+
+def _expected(found, histograms, beta):
+    tp, fp = cuts.counts_at(found, *histograms)
     support = histograms.support()
-    for label in np.flatnonzero(support > 0):
+    return (1 + beta**2) * tp / np.maximum(tp + fp + beta**2 * support, 1e-300)
+
+
+def scores_at(log_odds: float, lines: Lines) -> np.ndarray:
+    """Score of every label at which its calibrated log-odds are `log_odds`, (L,)."""
+    found = (log_odds - lines.b) / lines.a
+    for label in [k for k, knots in enumerate(lines.knot_score) if knots.size]:
+        knots = lines.knot_log_odds[label]
+        outside = log_odds - np.clip(log_odds, knots[0], knots[-1])
+        found[label] = np.interp(log_odds, knots, lines.knot_score[label]) + outside / MIN_SLOPE
+    return found
+
+
+def _log_odds(histograms, lines):
+    owner = histograms.owner()
+    found = cuts.centres_of(histograms) * lines.a[owner] + lines.b[owner]
+    for label in [k for k, knots in enumerate(lines.knot_score) if knots.size]:
         own = slice(histograms.indptr[label], histograms.indptr[label + 1])
-        own_p, own_n = (_dense(histograms.bins[own], c[own]) for c in (histograms.positives, histograms.negatives))
-        own_p, own_n = at_or_above(own_p), at_or_above(own_n)
-        if cfg.rule == "per_label":
-            mine = slice(curves.indptr[label], curves.indptr[label + 1])
-            like = prior(histograms, label, bucket[label], peer_p, peer_n)
-            guard = cfg.guard if like is not None else 0.0
-            like_p, like_n = map(at_or_above, like) if like is not None else (np.zeros(BINS + 1), np.zeros(BINS + 1))
-            curve = (curves.cut[mine], curves.tp[mine], curves.fp[mine])
-            shares = (float(support[label]), own_p, own_n, like_p, like_n)
-            weights = (guard, cfg.micro, micro_f1)
-            cuts[label], expected[label] = guarded_f1_cut(*curve, *shares, *weights)
-        else:
-            cuts[label] = common if cfg.rule == "global" else 0.0
-            k = int(np.clip(np.ceil((cuts[label] + 16.0) * 32.0), 0, BINS))
-            expected[label] = 2.0 * own_p[k] / (own_p[k] + own_n[k] + support[label])
-    return cuts, expected
+        found[own] = lines.log_odds(label, cuts.centres_of(histograms)[own])
+    return found
 
 
-def _maps(histograms: Histograms, pooling: float):
-    """Platt's a and b per label, fitted to its own counts and `pooling` pseudo-positives of its peers."""
-    centres = bin_centres()
-    bucket, peer_p, peer_n = peers(histograms)
-    a, b = np.ones(histograms.size), np.zeros(histograms.size)
-    for label in np.flatnonzero(histograms.support() > 0):
-        own = slice(histograms.indptr[label], histograms.indptr[label + 1])
-        p, n = (_dense(histograms.bins[own], c[own]) for c in (histograms.positives, histograms.negatives))
-        like = prior(histograms, label, bucket[label], peer_p, peer_n)
-        if like is not None:
-            p, n = p + pooling * like[0], n + pooling * like[1]
-        a[label], b[label] = calibration.platt(centres, p, n)
-    return a, b
+def _lines(found: Maps) -> Lines:
+    return Lines(found.a, found.b, found.knot_score, found.knot_log_odds)
 
 
-def _dense(bins, counts):
-    out = np.zeros(BINS)
-    out[bins] = counts
-    return out
+class Forecast(NamedTuple):
+    """Counts that a rule would give on documents it was not chosen on, by label (L,) int64."""
+
+    tp: np.ndarray
+    fp: np.ndarray
+    support: np.ndarray
+    documents: int
+
+    def metrics(self) -> dict[str, float]:
+        """micro_precision, micro_recall, micro_f1, macro_f1, macro_f1_all and tags a document."""
+        found = label_metrics(self.tp, self.fp, self.support - self.tp)
+        found.pop("weighted_f1")
+        return {**found, "tags": float((self.tp + self.fp).sum() / max(self.documents, 1))}
+
+
+def forecast(known: Evidence, cfg) -> Forecast:
+    """Cross-fitted: cuts from the histograms of all folds but one, counted on that one, and added up.
+
+    Cuts are edges of bins here (1/32), so the histograms are enough.  With fewer than two folds the cuts are judged on
+    the rows they were chosen on.
+    """
+    size = known.pooled.size
+    kind = np.array(known.maps.calibration, dtype=object)
+    whole, rests = without_each(known.histograms) if len(known.folds) > 1 else (known.pooled, [known.pooled])
+    parts = known.histograms if len(known.folds) > 1 else [known.pooled]
+    tp, fp = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    by_probability = cfg.rule in ("budget", "fixed")
+    for part, rest in zip(parts, rests, strict=True):
+        lines = fit(rest, kind, cfg.pooling, start=_lines(known.maps)) if by_probability else _lines(known.maps)
+        found, _ = label_cuts(Curves.none(size), rest, lines, cfg)
+        more = cuts.counts_at(found, *part)
+        tp, fp = tp + more[0], fp + more[1]
+    return Forecast(tp, fp, whole.support(), int(whole.rows().max(initial=0)))
+
+
+def nested(known: Evidence, cfg) -> tuple[object, list[dict]]:
+    """cfg with the guard whose cross-fitted micro F1 + macro F1 is largest, and what each of them gave."""
+    tried, best = [], None
+    for guard in GUARDS:
+        with_it = cfg.model_copy(update=guard)
+        found = forecast(known, with_it).metrics()
+        tried.append({**guard, "micro_f1": found["micro_f1"], "macro_f1": found["macro_f1"]})
+        value = found["micro_f1"] + found["macro_f1"]
+        if best is None or value > best[0]:
+            best = value, with_it
+    return best[1], tried
+
+
+def side_by_side(known: Evidence, cfg) -> dict[str, dict[str, float]]:
+    """What each rule, with the other settings as they are, would give: `Forecast.metrics` by rule."""
+    rules = ("f_beta", "joint", "global", "budget", "precision", "recall", "cost", "youden", "otsu", "pcut", "fixed")
+    return {rule: forecast(known, cfg.model_copy(update={"rule": rule})).metrics() for rule in rules}
 
 
 def _rows_of(table, fold, size, column):

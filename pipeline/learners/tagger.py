@@ -16,7 +16,7 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.kernels import scoring
+from pipeline.kernels import calibration, scoring
 from pipeline.learners.vectorizer import Vocabulary, batches, one_array, vectorize
 from pipeline.tables import TABLES
 
@@ -98,16 +98,35 @@ class Decisions(NamedTuple):
     threshold: np.ndarray  # (L,) float64, +inf: never
     a: np.ndarray  # (L,) float64
     b: np.ndarray  # (L,) float64
+    knots: tuple[tuple[int, np.ndarray, np.ndarray], ...] = ()  # label, scores, log-odds: of labels with such a map
 
     @classmethod
     def from_table(cls, thresholds: pa.Table) -> "Decisions":
         thresholds = thresholds.sort_by("label_id")
         cut = thresholds["threshold"].fill_null(float("inf"))
-        return cls(cut.to_numpy(), thresholds["a"].to_numpy(), thresholds["b"].to_numpy())
+        knots = ()
+        if "knot_score" in thresholds.column_names:  # a model of before has lines only
+            knots = tuple(
+                (int(label), *(thresholds[f"knot_{name}"][label].values.to_numpy() for name in ("score", "log_odds")))
+                for label in np.flatnonzero(pa.compute.list_value_length(thresholds["knot_score"]).to_numpy())
+            )
+        return cls(cut.to_numpy(), thresholds["a"].to_numpy(), thresholds["b"].to_numpy(), knots)
 
     def log_odds(self, S: np.ndarray) -> np.ndarray:
-        """Calibrated log-odds a score + b, (m, L) float64: what labels are ranked by."""
-        return S * self.a + self.b
+        """Calibrated log-odds, (m, L) float64: what labels are ranked by, and the sigmoid of which is probability."""
+        Z = S * self.a + self.b
+        for label, score, log_odds in self.knots:
+            Z[:, label] = calibration.log_odds_at(S[:, label], score, log_odds)
+        return Z
+
+    def log_odds_of(self, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """The same of single pairs, (m,) float64: labels `ids` with `scores`."""
+        z = scores * self.a[ids] + self.b[ids]
+        for label, score, log_odds in self.knots:
+            mine = ids == label
+            if mine.any():
+                z[mine] = calibration.log_odds_at(scores[mine], score, log_odds)
+        return z
 
 
 class Tagger(NamedTuple):
@@ -181,7 +200,7 @@ def tag_lists(S: np.ndarray, decisions: Decisions, labels: list[str], max_tags: 
     indptr, ids = scoring.tags_of_rows(S, decisions.threshold)
     row = np.repeat(np.arange(S.shape[0]), np.diff(indptr))
     score = S[row, ids].astype(np.float64)
-    log_odds = score * decisions.a[ids] + decisions.b[ids]
+    log_odds = decisions.log_odds_of(ids, score)
     order = np.lexsort((ids, -log_odds, row))
     if max_tags:
         order = order[np.arange(order.size) - indptr[row] < max_tags]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.learners.decide import choose
+from pipeline.learners.decide import Evidence, decide, evidence
 from pipeline.stages.parts import Outcome
 from pipeline.store import Run, write_part
 
@@ -17,19 +17,28 @@ from pipeline.store import Run, write_part
 def calibrate(spark, run: Run, attempt: Path, cfg) -> Outcome:
     """One threshold and one probability map a label.  The curves are small, so the driver does it."""
     status = run.read("label_models", ["label_id", "status"]).sort_by("label_id")["status"].to_pylist()
-    thresholds = choose(run.read("curves"), run.read("histograms"), status, cfg.calibrate)
+    thresholds, facts = decide(known_of(run, cfg), status, cfg.calibrate)
     cuts = thresholds["threshold"].drop_null().to_numpy()
-    facts = {
-        "rule": cfg.calibrate.rule,
+    facts |= {
         "labels_never_tagged": thresholds["threshold"].null_count,
         "threshold_quartiles": [float(q) for q in np.percentile(cuts, [25, 50, 75])] if cuts.size else [],
     }
     return Outcome({"thresholds": [write_part(attempt, "thresholds", thresholds, 0)]}, facts)
 
 
+def known_of(run: Run, cfg) -> Evidence:
+    """What the stage train left to choose thresholds from."""
+    labels = run.read("labels", ["label_id"]).num_rows
+    return evidence(run.read("curves"), run.read("histograms"), labels, cfg.calibrate)
+
+
 def summary(facts: dict, rows: dict) -> str:
     quartiles = ", ".join(f"{q:.2f}" for q in facts["threshold_quartiles"])
+    before, after = (facts["calibration"][f"log_loss_{when}"] for when in ("before", "after"))
+    known = "" if before is None else f"; log loss {before:.4f} before and {after:.4f} after calibration"
+    if known and not facts["calibration_out_of_fold"]:
+        known += " (on the rows it was fitted to)"
     return (
-        f"{rows['thresholds']:,} thresholds by rule {facts['rule']} (quartiles {quartiles} in log-odds), "
-        f"{facts['labels_never_tagged']:,} labels are never tagged"
+        f"{rows['thresholds']:,} thresholds by rule {facts['rule']} (quartiles {quartiles}), "
+        f"{facts['labels_never_tagged']:,} labels are never tagged{known}"
     )

@@ -351,7 +351,7 @@ NAN, INF = float("nan"), float("inf")
         ("featurize.ngrams", 4),
         ("featurize.sublinear", 2),
         ("calibrate.rule", "best"),
-        ("calibrate.guard", -1),
+        ("calibrate.peers", -1),
         ("calibrate.micro", INF),
         ("calibrate.pooling", NAN),
         ("evaluate.if_undefined", 0.5),
@@ -471,5 +471,5 @@ def test_one_number_or_several():
     assert (cfg.train.C, cfg.train.positive_weight) == ((1.0, 10.0, 30.0), "balanced")
     again = Config.model_validate(cfg.model_dump(mode="json"))
     assert again == cfg
-    assert flat(Config())["train.C"] == 20.0  # a single value is shown as such
+    assert flat(Config())["train.C"] == 0.5  # a single value is shown as such
     assert flat(cfg)["train.C"] == [1.0, 10.0, 30.0]

@@ -5,12 +5,12 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.special import expit, logit
 
+from pipeline.kernels import thresholds
 from pipeline.kernels.curves import BINS, bin_edges, curve, histogram
-from pipeline.kernels.thresholds import Histograms, at_or_above, global_cut, guarded_f1_cut, peers, prior
+from pipeline.kernels.thresholds import Curves, Goal, Histograms, at_or_above, global_cut, label_cuts, peers, prior
 from tests.reference import best_f1, counts_at
 
 ORDINARY = settings(deadline=None, max_examples=100)
-NOBODY = np.zeros(BINS + 1)
 
 # scores on bin edges from -2.5 to 2.5, and the edges around them
 EDGES = bin_edges()[431:594]
@@ -35,11 +35,27 @@ def histograms(labels):
     )
 
 
-def cut_of(scores, positive, like=(NOBODY, NOBODY), guard=0.0, micro=0.0, micro_f1=0.0):
-    own = [at_or_above(c.astype(np.float64)) for c in histogram(scores, positive)]
-    return guarded_f1_cut(
-        *curve(scores, positive), float(positive.sum()), *own, *like, float(guard), float(micro), float(micro_f1)
-    )
+def curves(labels):
+    """[(scores, positive), ...] -> Curves."""
+    found = [curve(s, y) for s, y in labels]
+    indptr = np.concatenate([[0], np.cumsum([cut.size for cut, _, _ in found])]).astype(np.int64)
+    return Curves(indptr, *(np.concatenate([f[k] for f in found]) for k in range(3)))
+
+
+def cuts_of(labels, order=None, peers_of=None, **goal):
+    """Cut and F of each label; `peers_of` stands for what `peers` finds."""
+    h = histograms(labels)
+    order = np.arange(len(labels)) if order is None else np.asarray(order)
+    return label_cuts(Goal(**goal), order, *curves(labels), *h, *(peers_of or peers(h)))
+
+
+def cut_of(scores, positive, like=None, **goal):
+    """The same of one label whose peers, per positive, are `like`: positives and negatives by bin."""
+    peers_of = None
+    if like is not None:
+        own = [c.astype(np.float64) for c in histogram(scores, positive)]
+        peers_of = np.zeros(1, np.int64), *((c + o)[None] for c, o in zip(like, own, strict=True))
+    return tuple(float(x[0]) for x in cuts_of([(scores, positive)], peers_of=peers_of, **goal))
 
 
 @given(label)
@@ -72,7 +88,7 @@ def test_micro_adds_the_labels_part_in_micro_f1(pairs, micro_f1, micro):
     def value(tp, fp):
         return 2 * tp / (tp + fp + total) + micro * (2 * tp - micro_f1 * (tp + fp)) / total
 
-    cut, f1 = cut_of(scores, positive, micro=micro, micro_f1=micro_f1)
+    cut, f1 = cut_of(scores, positive, micro=micro, micro_f=micro_f1)
     tp, fp = counts_at(scores, positive, cut)
     assert_allclose(value(tp, fp), max(value(*counts_at(scores, positive, s)) for s in scores[positive]), rtol=1e-12)
     assert_allclose(f1, 2 * tp / (tp + fp + total), rtol=1e-12)
@@ -86,8 +102,8 @@ def test_the_guard_is_pseudo_positives_that_behave_as_the_peers(pairs, others, g
     if not (positive.any() and peer_positive.any()):
         return
     share = 1 / peer_positive.sum()
-    like = [at_or_above(c * share) for c in histogram(peer_scores, peer_positive)]
-    cut, f1 = cut_of(scores, positive, like, guard)
+    like = [c * share for c in histogram(peer_scores, peer_positive)]
+    cut, f1 = cut_of(scores, positive, like, guard=guard)
 
     def blended(candidate):
         own, peer = counts_at(scores, positive, candidate), counts_at(peer_scores, peer_positive, candidate)
@@ -185,10 +201,7 @@ def test_a_label_alone_has_no_prior():
 
 
 def guarded(case, others, guard):
-    h = histograms([case, *others])
-    bucket, positives, negatives = peers(h)
-    like = [at_or_above(c) for c in prior(h, 0, bucket[0], positives, negatives)]
-    return cut_of(*case, like, guard)[0]
+    return float(cuts_of([case, *others], guard=guard)[0][0])
 
 
 def test_the_guard_pulls_a_rare_unlucky_label_to_its_peers():
@@ -238,3 +251,137 @@ def test_half_the_f1_holds_for_drawn_labels():
         cut, f1 = cut_of(logit(p).astype(np.float32), rng.random(p.size) < p)
         assert abs(expit(cut) - f1 / 2) < 0.02
         assert expit(cut) < 0.51
+
+
+# -- every objective against all cuts there are ------------------------------------------------------------------------
+
+
+def all_cuts(scores):
+    """A cut below every distinct score, and one above all."""
+    return [*np.unique(scores), np.inf]
+
+
+GOALS = {
+    "f_beta": (Goal(first=2.0), lambda tp, fp, P, N: 5 * tp / (tp + fp + 4 * P)),
+    "precision": (
+        Goal(thresholds.PRECISION, 0.6),
+        lambda tp, fp, P, N: tp / P if tp + fp and tp / (tp + fp) >= 0.6 else -np.inf,
+    ),
+    "recall": (
+        Goal(thresholds.RECALL, 0.6),
+        lambda tp, fp, P, N: tp / (tp + fp) if tp / P >= 0.6 else -np.inf,
+    ),
+    "cost": (Goal(thresholds.COST, 1.5, 4.0), lambda tp, fp, P, N: -1.5 * fp - 4 * (P - tp)),
+    "youden": (Goal(thresholds.YOUDEN), lambda tp, fp, P, N: tp / P - fp / N if N else tp / P),
+    "pcut": (Goal(thresholds.PCUT), lambda tp, fp, P, N: -abs(tp + fp - P)),
+}
+
+
+@pytest.mark.parametrize("name", GOALS)
+@given(pairs=label)
+@ORDINARY
+def test_the_chosen_cut_is_the_best_of_all(name, pairs):
+    scores, positive = arrays_of(pairs)
+    goal, value = GOALS[name]
+    P, N = positive.sum(), (~positive).sum()
+    cut = cut_of(scores, positive, **goal._asdict())[0]
+    if P == 0:
+        assert cut == np.inf
+        return
+    best = max(value(*counts_at(scores, positive, c), P, N) for c in all_cuts(scores))
+    if best == -np.inf:
+        assert cut == np.inf  # no cut keeps the floor: nothing is tagged
+    else:
+        assert_allclose(value(*counts_at(scores, positive, cut), P, N), best, rtol=1e-12)
+
+
+@given(st.lists(label, min_size=1, max_size=5), st.permutations(range(5)))
+@ORDINARY
+def test_the_joint_rule_is_its_serial_definition(cases, order):
+    cases = [arrays_of(pairs) for pairs in cases]
+    order = [k for k in order if k < len(cases)]
+    found = cuts_of(cases, order, joint=True)[0]
+    TP = FP = FN = 0
+    for k in order:
+        scores, positive = cases[k]
+        P = positive.sum()
+        if P == 0:
+            assert found[k] == np.inf
+            continue
+
+        def value(cut, scores=scores, positive=positive, P=P, sums=(TP, FP, FN)):
+            tp, fp = counts_at(scores, positive, cut)
+            p, n, m = sums[0] + tp, sums[1] + fp, sums[2] + P - tp
+            return 2 * tp / (tp + fp + P) + 2 * p / (2 * p + n + m)
+
+        assert_allclose(value(found[k]), max(map(value, all_cuts(scores))), rtol=1e-12)
+        tp, fp = counts_at(scores, positive, found[k])
+        TP, FP, FN = TP + tp, FP + fp, FN + P - tp
+
+
+@given(label)
+@ORDINARY
+def test_smoothed_f_may_tag_nothing(pairs):
+    scores, positive = arrays_of(pairs)
+    if not positive.any():
+        return
+    cut = cut_of(scores, positive, smooth=1.0)[0]
+
+    def value(c):
+        tp, fp = counts_at(scores, positive, c)
+        return (2 * tp + 1) / (tp + fp + positive.sum() + 2)
+
+    assert_allclose(value(cut), max(map(value, all_cuts(scores))), rtol=1e-12)
+
+
+@given(label)
+@ORDINARY
+def test_otsu_separates_the_scores_with_the_most_variance_between(pairs):
+    scores, positive = arrays_of(pairs)
+    h = histograms([(scores, positive)])
+    cut = thresholds.otsu_cuts(h.indptr, h.bins, h.positives + h.negatives)[0]
+    centres = np.floor(scores * 32) / 32 + 1 / 64
+
+    def between(c):
+        up = scores >= c
+        if up.all() or not up.any():
+            return 0.0
+        return up.sum() * (~up).sum() * (centres[up].mean() - centres[~up].mean()) ** 2
+
+    best = max(map(between, all_cuts(scores)))
+    if best == 0:
+        assert cut == np.inf
+    else:
+        assert_allclose(between(cut), best, rtol=1e-9)
+
+
+@given(st.lists(label, min_size=1, max_size=4), st.integers(0, 40))
+@ORDINARY
+def test_a_budget_is_kept_and_used_up_to_a_bin(cases, tags):
+    cases = [arrays_of(pairs) for pairs in cases]
+    h = histograms(cases)
+    cut = thresholds.budget_cut(h, thresholds.centres_of(h), tags)
+    scores = np.concatenate([np.floor(s * 32) / 32 + 1 / 64 for s, _ in cases])
+    given_tags = int((scores >= cut).sum())
+    lower = scores[scores < cut]
+    if np.unique(scores).size == scores.size:  # no two pairs share a bin
+        assert given_tags == min(tags, scores.size)
+    elif lower.size and given_tags <= tags:
+        assert given_tags + (lower == lower.max()).sum() > tags
+    if given_tags > tags:  # only bins that tie with the last one that fits
+        assert (scores == scores[scores >= cut].min()).sum() > given_tags - tags
+
+
+def test_counts_at_an_edge_are_exact():
+    rng = np.random.default_rng(5)
+    cases = [(rng.normal(size=60).astype(np.float32), rng.random(60) < 0.3) for _ in range(3)]
+    for edge in (-1.0, 0.0, 0.5, np.inf):
+        tp, fp = thresholds.counts_at(np.full(3, edge), *histograms(cases))
+        assert [*zip(tp, fp, strict=True)] == [counts_at(s, y, edge) for s, y in cases]
+
+
+def test_nothing_scores_above_the_ceiling():
+    rng = np.random.default_rng(6)
+    cases = [(rng.normal(size=20).astype(np.float32), rng.random(20) < 0.3) for _ in range(3)]
+    top = thresholds.ceilings(histograms(cases))
+    assert all(t - 1 / 32 <= s.max() < t for t, (s, _) in zip(top, cases, strict=True))

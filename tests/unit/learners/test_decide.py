@@ -7,12 +7,23 @@ from scipy.special import expit
 from pipeline.config import CalibrateConfig
 from pipeline.kernels.curves import curve, histogram
 from pipeline.kernels.thresholds import global_cut
-from pipeline.learners.decide import choose, curves_of, histograms_of
+from pipeline.learners.decide import (
+    GUARDS,
+    choose,
+    curves_of,
+    decide,
+    evidence,
+    forecast,
+    histograms_of,
+    nested,
+    side_by_side,
+)
 from pipeline.learners.ovr import POOLED
+from pipeline.learners.tagger import Decisions
 from pipeline.tables import TABLES
 from tests.reference import best_f1, counts_at
 
-UNGUARDED = CalibrateConfig(guard=0, micro=0, pooling=0)
+UNGUARDED = CalibrateConfig(guard="none", micro=0, pooling=0)
 
 
 def tables_of(S, Y, fold, known=None):
@@ -68,7 +79,7 @@ def test_per_label_without_guard_is_the_best_f1_of_each_label():
 
 def test_fixed_is_one_half_for_every_label():
     S, Y, fold = problem()
-    found = choose(*tables_of(S, Y, fold), ["ok"] * 12, CalibrateConfig(rule="fixed"))
+    found = choose(*tables_of(S, Y, fold), ["ok"] * 12, CalibrateConfig(rule="fixed", calibration="none"))
     assert set(found["threshold"].to_pylist()) == {0.0}
     assert set(found["objective"].to_pylist()) == {"fixed"}
     for row in found.to_pylist():
@@ -113,7 +124,7 @@ def test_what_is_never_and_what_is_always_tagged():
         "not_converged",
     )
     tables = tables_of(S, Y, fold, known=[j for j in range(12) if j not in (1, 2, 3)])
-    for rule in ("per_label", "global", "fixed"):
+    for rule in ("f_beta", "global", "fixed", "joint", "budget", "precision", "youden", "otsu", "pcut"):
         found = choose(*tables, status, CalibrateConfig(rule=rule)).to_pylist()
         for never in (1, 3, 4):
             assert (found[never]["threshold"], found[never]["expected_f1"]) == (None, None)
@@ -184,12 +195,12 @@ def test_one_lucky_cut_does_not_tag_everything():
     assert micro_f1(new_S, new_Y, guarded) > 0.8
 
 
-@pytest.mark.parametrize("setting", ["guard", "micro"])
+@pytest.mark.parametrize("setting", [{"guard": "peers", "peers": 5.0}, {"micro": 5.0}])
 def test_guard_and_micro_each_change_the_answer(setting):
     S, Y, fold = problem()
     tables = tables_of(S, Y, fold)
     bare = choose(*tables, ["ok"] * 12, UNGUARDED)
-    found = choose(*tables, ["ok"] * 12, UNGUARDED.model_copy(update={setting: 5.0}))
+    found = choose(*tables, ["ok"] * 12, UNGUARDED.model_copy(update=setting))
     assert not found["threshold"].equals(bare["threshold"])
     assert found["a"].equals(bare["a"])
 
@@ -234,3 +245,123 @@ def test_pooling_pulls_the_map_of_a_rare_label_to_its_peers():
     assert alone[0]["a"] == 0.05
     assert pooled[0]["a"] > 0.5
     assert all(row["a"] >= 0.05 for row in alone + pooled)
+
+
+# -- the other rules ---------------------------------------------------------------------------------------------------
+
+
+def tagged_with(S, Y, cfg, fold=None):
+    found = choose(*tables_of(S, Y, np.zeros(len(S), int) if fold is None else fold), ["ok"] * S.shape[1], cfg)
+    return found["threshold"].fill_null(np.inf).to_numpy() <= S, found
+
+
+@pytest.mark.parametrize("floor", [0.5, 0.9])
+def test_floors_of_precision_and_recall_are_kept(floor):
+    S, Y, _ = problem()
+    T, found = tagged_with(S, Y, UNGUARDED.model_copy(update={"rule": "precision", "precision": floor}))
+    tags = T.sum(axis=0)
+    assert ((T & Y).sum(axis=0)[tags > 0] >= floor * tags[tags > 0]).all()
+    assert found["threshold"].null_count == (tags == 0).sum()
+    T, _ = tagged_with(S, Y, UNGUARDED.model_copy(update={"rule": "recall", "recall": floor}))
+    assert ((T & Y).sum(axis=0) >= floor * Y.sum(axis=0)).all()
+
+
+def test_a_budget_is_spent_on_the_most_probable_pairs():
+    S, Y, _ = problem()
+    for budget in (0.5, 1.5):
+        T, found = tagged_with(S, Y, UNGUARDED.model_copy(update={"rule": "budget", "budget": budget}))
+        assert budget * len(S) * 0.95 < T.sum() <= budget * len(S) * 1.02
+        z = found["threshold"].to_numpy() * found["a"].to_numpy() + found["b"].to_numpy()
+        assert np.ptp(z) < 1e-9  # one probability for all labels
+    T, _ = tagged_with(S, Y, UNGUARDED.model_copy(update={"rule": "budget"}))
+    assert abs(T.sum() - Y.sum()) < 0.05 * Y.sum()
+
+
+@pytest.mark.parametrize("calibration", ["platt", "isotonic", "temperature", "none"])
+def test_fixed_cuts_at_a_calibrated_probability(calibration):
+    S, Y, _ = problem()
+    cfg = CalibrateConfig(rule="fixed", at=0.3, calibration=calibration, isotonic_positives=20)
+    T, found = tagged_with(S, Y, cfg)
+    decisions = Decisions.from_table(found)
+    Z = decisions.log_odds(S)
+    assert_array_equal(T, expit(Z) >= 0.3)
+    assert (calibration == "isotonic") == bool(decisions.knots)
+    label, row = (x.ravel() for x in np.meshgrid(np.arange(12), np.arange(600)))
+    assert_allclose(decisions.log_odds_of(label, S[row, label].astype(np.float64)), Z[row, label], rtol=1e-6)
+    for j in range(12):  # the ranking within a label stays
+        order = np.argsort(S[:, j], kind="stable")
+        assert (np.diff(Z[order, j]) >= 0).all()
+        assert_array_equal(np.diff(Z[order, j]) > 0, np.diff(S[order, j]) > 0)
+
+
+def test_fbr_lifts_poor_labels_above_all_their_scores():
+    S, Y, _ = problem()
+    cfg = UNGUARDED.model_copy(update={"guard": "fbr", "fbr": 0.6})
+    T, _ = tagged_with(S, Y, cfg)
+    poor = np.array([best_f1(S[:, j].tolist(), Y[:, j]) < 0.6 for j in range(12)])
+    assert 0 < poor.sum() < 12
+    assert_array_equal(T.any(axis=0), ~poor)
+
+
+def test_shrinking_moves_rare_labels_to_the_common_cut():
+    S, Y, fold = problem()
+    own, common = (
+        choose(*tables_of(S, Y, fold), ["ok"] * 12, cfg)["threshold"].to_numpy()
+        for cfg in (UNGUARDED, CalibrateConfig(rule="global"))
+    )
+    _, found = tagged_with(S, Y, UNGUARDED.model_copy(update={"guard": "shrink", "shrink": 30.0}))
+    share = Y.sum(axis=0) / (Y.sum(axis=0) + 30)
+    assert_allclose(found["threshold"].to_numpy(), share * own + (1 - share) * common, rtol=1e-12)
+
+
+def test_a_forecast_is_cross_fitted():
+    """Cuts come from the other folds: changing the gold of one fold alone moves only what is counted in the others."""
+    S, Y, fold = problem()
+    cfg = UNGUARDED.model_copy(update={"rule": "joint", "guard": "smoothed"})
+    found = forecast(evidence(*tables_of(S, Y, fold), 12, cfg), cfg)
+    tp, fp = np.zeros(12, int), np.zeros(12, int)
+    for f in range(3):
+        rest, part = fold != f, fold == f
+        alone = evidence(*tables_of(S[rest], Y[rest], np.zeros(rest.sum(), int)), 12, cfg)
+        edges = forecast(alone, cfg)  # one fold: judged where it was chosen
+        assert edges.documents == rest.sum()
+        cut = np.array([threshold_of(S[rest, j], Y[rest, j], edges.tp[j], edges.fp[j]) for j in range(12)])
+        tp += ((cut <= S) & Y)[part].sum(axis=0)
+        fp += ((cut <= S) & ~Y)[part].sum(axis=0)
+    assert found.documents == 600
+    assert_array_equal(found.support, Y.sum(axis=0))
+    # several edges may give the same counts on the rest; on the part they differ by what lies between them
+    assert abs(found.tp - tp).sum() <= 12
+    assert abs(found.fp - fp).sum() <= 24
+
+
+def threshold_of(scores, positive, tp, fp):
+    """The highest edge with these counts."""
+    edges = np.arange(-512, 513) / 32
+    return max(e for e in edges if counts_at(scores, positive, e) == (tp, fp))
+
+
+def test_nested_takes_the_guard_with_the_best_forecast():
+    S, Y = unlucky(1000, 80, 0)
+    S[:, :8] -= 9 * Y[:, :8]
+    fold = np.arange(1000) % 3
+    cfg = CalibrateConfig(guard="nested", micro=0)
+    known = evidence(*tables_of(S, Y, fold), 80, cfg)
+    chosen, tried = nested(known, cfg)
+    assert len(tried) == len(GUARDS)
+    values = [t["micro_f1"] + t["macro_f1"] for t in tried]
+    best = tried[int(np.argmax(values))]
+    assert all(getattr(chosen, key) == value for key, value in best.items() if key not in ("micro_f1", "macro_f1"))
+    assert values[0] < max(values)  # without a guard is not the best here
+    assert decide(known, ["ok"] * 80, cfg)[0]["threshold"].equals(
+        choose(*tables_of(S, Y, fold), ["ok"] * 80, chosen)["threshold"]
+    )
+
+
+def test_rules_side_by_side_show_what_they_are_for():
+    S, Y, fold = problem()
+    cfg = UNGUARDED.model_copy(update={"precision": 0.9, "recall": 0.9})
+    found = side_by_side(evidence(*tables_of(S, Y, fold), 12, cfg), cfg)
+    assert found["precision"]["micro_precision"] == max(m["micro_precision"] for m in found.values())
+    assert found["recall"]["micro_recall"] > 0.8
+    assert abs(found["budget"]["tags"] - Y.sum() / 600) < 0.1
