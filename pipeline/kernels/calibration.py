@@ -305,7 +305,7 @@ def quality(positives: np.ndarray, negatives: np.ndarray, log_odds: np.ndarray) 
     return squares / total, nats / total, calibration_error(positives, negatives, expected)
 
 
-def probability(scores: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def probability(scores: np.ndarray, a: np.ndarray | float = 1.0, b: np.ndarray | float = 0.0) -> np.ndarray:
     """sigmoid(a score + b), float64; scores (n, L), a and b (L,) or one number for all."""
     z = scores.astype(np.float64) * a + b
     with np.errstate(over="ignore"):

@@ -5,7 +5,7 @@ Across labels: global, budget, joint.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -91,8 +91,8 @@ def decide(known: Evidence, status: Sequence[str], cfg) -> tuple[pa.Table, dict]
     size = len(status)
     cfg, tried = nested(known, cfg) if cfg.guard == "nested" else (cfg, None)
     cut, expected = label_cuts(known.curves, known.pooled, _lines(known.maps), cfg)
-    by_fold = [label_cuts(c, h, _lines(known.maps), cfg)[0] for c, h in known.folds]
-    by_fold = np.array(by_fold).reshape(len(known.folds), size)
+    of_folds = [label_cuts(c, h, _lines(known.maps), cfg)[0] for c, h in known.folds]
+    by_fold = np.array(of_folds).reshape(len(known.folds), size)
     finite = np.isfinite(by_fold)
     spread = np.where(finite, by_fold, -np.inf).max(0, initial=-np.inf) - np.where(finite, by_fold, np.inf).min(
         0, initial=np.inf
@@ -242,17 +242,14 @@ def forecast(known: Evidence, cfg) -> Forecast:
     return Forecast(tp, fp, whole.support(), int(whole.rows().max(initial=0)))
 
 
-def nested(known: Evidence, cfg) -> tuple[object, list[dict]]:
+def nested(known: Evidence, cfg) -> tuple[Any, list[dict]]:
     """cfg with the guard whose cross-fitted micro F1 + macro F1 is largest, and what each of them gave."""
-    tried, best = [], None
+    tried = []
     for guard in GUARDS:
-        with_it = cfg.model_copy(update=guard)
-        found = forecast(known, with_it).metrics()
+        found = forecast(known, cfg.model_copy(update=guard)).metrics()
         tried.append({**guard, "micro_f1": found["micro_f1"], "macro_f1": found["macro_f1"]})
-        value = found["micro_f1"] + found["macro_f1"]
-        if best is None or value > best[0]:
-            best = value, with_it
-    return best[1], tried
+    best = int(np.argmax([t["micro_f1"] + t["macro_f1"] for t in tried]))
+    return cfg.model_copy(update=GUARDS[best]), tried
 
 
 def side_by_side(known: Evidence, cfg) -> dict[str, dict[str, float]]:

@@ -62,7 +62,7 @@ def judge(chunk: Chunk, weights: Weights, decisions: Decisions, inverse_propensi
         "fn": fn,
         **counts.set_sums(tagged, *gold, if_undefined),
         **ranking.ranking_sums(Z, *gold, inverse_propensity),
-        **ranking.probability_sums(calibration.probability(Z, 1.0, 0.0), *gold),
+        **ranking.probability_sums(calibration.probability(Z), *gold),
     }
     return sums, ranking.positive_scores(Z, *gold)
 

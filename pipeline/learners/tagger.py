@@ -104,7 +104,7 @@ class Decisions(NamedTuple):
     def from_table(cls, thresholds: pa.Table) -> "Decisions":
         thresholds = thresholds.sort_by("label_id")
         cut = thresholds["threshold"].fill_null(float("inf"))
-        knots = ()
+        knots: tuple = ()
         if "knot_score" in thresholds.column_names:  # a model of before has lines only
             knots = tuple(
                 (int(label), *(thresholds[f"knot_{name}"][label].values.to_numpy() for name in ("score", "log_odds")))

@@ -11,6 +11,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.config import CalibrateConfig
+
 TAGMILL = str(Path(sys.executable).parent / "tagmill")
 SETS = ["--set", "train.labels_per_block=2", "--set", "spark.driver_memory=1g", "--master", "local[2]"]
 
@@ -137,8 +139,25 @@ def test_calibrate_chooses_again_without_training(place):
         "calibrate.* and evaluate.* only"
         in command("calibrate", "--run", "run", "--set", "train.C=1", expect=78, **at).stderr
     )
-    command("calibrate", "--run", "run", "--set", "calibrate.rule=per_label", *SETS[4:], **at)
+    command("calibrate", "--run", "run", "--set", "calibrate.rule=f_beta", *SETS[4:], **at)
     assert json.loads((root / "run" / "metrics.json").read_text())["metrics"] == before
+
+
+def test_rules_for_thresholds_side_by_side(place):
+    root, _ = place
+    at = {"home": root / "home", "cwd": root}
+    found = json.loads(command("show", "run", "--thresholds", "--json", **at).stdout)
+    assert found["cross_fitted"] is True
+    assert set(found["rules"]) == set(CalibrateConfig.model_fields["rule"].annotation.__args__)
+    assert all(0 <= rule["micro_f1"] <= 1 and rule["tags"] >= 0 for rule in found["rules"].values())
+    text = command("show", "run", "--thresholds", **at).stdout
+    assert "f_beta *" in text
+    assert "tags a document" in text
+    other = json.loads(command("show", "run", "--thresholds", "--set", "calibrate.recall=0.2", "--json", **at).stdout)[
+        "rules"
+    ]
+    assert other["recall"] != found["rules"]["recall"]
+    assert other["joint"] == found["rules"]["joint"]
 
 
 def test_usage_errors(tmp_path, toy):
