@@ -45,9 +45,17 @@ def _file_mark(path: str) -> str:
         return digest(Path(path))[:16]
 
 
+def rules_mark(path: str) -> str:
+    """Of the rules and of the hierarchy that they name; wrong rules are found here, before anything runs."""
+    from pipeline.learners.label_rules import read_rules
+
+    return fingerprint(read_rules(path))
+
+
 # settings that name a file or another run: the stage that reads it, and the identity of what is there
 CONTENTS: dict[str, tuple[str, Callable[[str], str]]] = {
     "train.label_weights": ("train", _file_mark),
+    "calibrate.rules": ("calibrate", rules_mark),
     "train.warm_start": ("train", lambda path: Run(path).finished("train")["fingerprint"]),
     "featurize.vocabulary": ("featurize", lambda path: Run(path).finished("featurize")["fingerprint"]),
 }

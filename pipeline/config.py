@@ -201,6 +201,7 @@ class CalibrateConfig(Section):
     fbr: float = Field(0.1, ge=0, le=1, description="guard fbr: labels whose best F1 is lower get their highest cut")
     shrink: float = Field(10.0, ge=0, description="guard shrink: support at which own and global cut weigh the same")
     micro: float = Field(0.5, ge=0, description="rule f_beta: weight of a label's part in micro F1 beside its own F")
+    rules: str = Field("", description="YAML file with rules between labels (implies, excludes, ...); empty: none")
     calibration: Literal["platt", "isotonic", "temperature", "none"] = Field(
         "platt", description="map from scores to probabilities"
     )

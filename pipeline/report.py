@@ -91,12 +91,15 @@ def render(
     settings: dict[str, object],
     examples: list[dict],
     facts: dict,
+    rules: dict | None = None,
 ) -> str:
     """The page.
 
     metrics: content of metrics.json.  label_counts: the table of that name.
     reliability_bins: see `figures.reliability`.  facts: what is known of the corpus.
     stages: [{"stage", "seconds", "cpu_seconds", "peak_bytes", "rows", "summary"}].  settings: {"train.C": 10.0, ...}.
+    rules: what rules between labels changed: {"before": {metric: value}, "after": ..., "changes": {kind: {"added",
+        "removed"}}}.
     examples: [{"doc_id", "text", "gold": [...], "tags": [{"label", "probability"}]}].
     """
     frequent, lowest = label_rows(label_counts)
@@ -125,6 +128,7 @@ def render(
             settings=settings,
             examples=[_judged(example) for example in examples],
             facts=facts,
+            rules=rules,
             chips=CHIPS,
             most_alike=LOOK_ALIKES,
         )

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.kernels import calibration, counts, exact, ranking
+from pipeline.kernels import calibration, counts, exact, hierarchy, ranking
+from pipeline.learners.label_rules import merged_gold
 from pipeline.learners.matrix import gold_pairs
 from pipeline.learners.tagger import SCORES_AT_ONCE, Decisions, Weights, tag_lists
 
@@ -48,14 +49,27 @@ def chunks(features: Path, folds: Path, documents: Path, labels: list[str], test
         )
 
 
-def judge(chunk: Chunk, weights: Weights, decisions: Decisions, inverse_propensity, if_undefined: float):
-    """Sums of one chunk, and the (label, calibrated log-odds) of its gold pairs."""
-    S = weights.score(*chunk[:3])
-    Z = decisions.log_odds(S)
-    gold = chunk.gold_indptr, chunk.gold_labels
-    tagged = decisions.threshold <= S
+def judge(chunk: Chunk, weights: Weights, decisions: Decisions, inverse_propensity, if_undefined: float, closure=None):
+    """Sums of one chunk, and the (label, calibrated log-odds) of its gold pairs.
+
+    closure: ancestors of each label as `hierarchy_closure` gives them; None: no hierarchical sums.
+    """
+    S, Z, gold_indptr, gold_labels = _judged(chunk, weights, decisions)
+    gold = gold_indptr, gold_labels
+    tagged, changes = decisions.tagged(S, Z)
     tp, fp, fn = counts.confusion(tagged, *gold)
+    extra: dict = {}
+    if decisions.rules is not None:
+        before = counts.confusion(decisions.threshold <= S, *gold)
+        extra |= {f"before_rules_{name}": count for name, count in zip(("tp", "fp", "fn"), before, strict=True)}
+        for kind, (added, removed) in changes.items():
+            extra |= {f"{kind}_added": added, f"{kind}_removed": removed}
+    if closure is not None:
+        rows, ids = np.nonzero(tagged)
+        sizes = hierarchy.hierarchical_sums(np.searchsorted(rows, np.arange(S.shape[0] + 1)), ids, *gold, *closure)
+        extra |= {f"hierarchical_{name}": int(s.sum()) for name, s in zip(("hits", "tags", "gold"), sizes, strict=True)}
     sums = {
+        **extra,
         "documents": S.shape[0],
         "tp": tp,
         "fp": fp,
@@ -69,13 +83,24 @@ def judge(chunk: Chunk, weights: Weights, decisions: Decisions, inverse_propensi
 
 def count_negatives(chunk: Chunk, weights: Weights, decisions: Decisions, label_cuts, pooled_cuts) -> dict:
     """Negatives of one chunk between the cuts of the curves, by label and pooled."""
-    Z = decisions.log_odds(weights.score(*chunk[:3]))
+    _, Z, gold_indptr, gold_labels = _judged(chunk, weights, decisions)
     sums: dict[str, np.ndarray] = {}
     for prefix, cuts in (("", label_cuts), ("pooled_", pooled_cuts)):
         between, equal = ranking.no_negatives(cuts)
-        ranking.count_negatives(Z, chunk.gold_indptr, chunk.gold_labels, cuts, between, equal)
+        ranking.count_negatives(Z, gold_indptr, gold_labels, cuts, between, equal)
         sums |= {f"{prefix}between": between, f"{prefix}equal": equal}
     return sums
+
+
+def _judged(chunk, weights, decisions):
+    """Scores, log-odds and gold, where labels that are one (synonyms) are one."""
+    S = weights.score(*chunk[:3])
+    Z = decisions.log_odds(S)
+    rules = decisions.rules
+    if rules is not None and rules.old.size:
+        np.maximum.at(Z.T, rules.same[rules.old], Z[:, rules.old].T)
+        Z[:, rules.old] = -np.inf
+    return S, Z, *merged_gold(rules, chunk.gold_indptr, chunk.gold_labels)
 
 
 def added(parts: list[dict]) -> dict:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.kernels import calibration, scoring
+from pipeline.learners.label_rules import LabelRules, apply, compiled, names_of
 from pipeline.learners.vectorizer import Vocabulary, batches, one_array, vectorize
 from pipeline.tables import TABLES
 
@@ -99,9 +100,10 @@ class Decisions(NamedTuple):
     a: np.ndarray  # (L,) float64
     b: np.ndarray  # (L,) float64
     knots: tuple[tuple[int, np.ndarray, np.ndarray], ...] = ()  # label, scores, log-odds: of labels with such a map
+    rules: LabelRules | None = None  # between labels, after the thresholds
 
     @classmethod
-    def from_table(cls, thresholds: pa.Table) -> "Decisions":
+    def from_table(cls, thresholds: pa.Table, rules: LabelRules | None = None) -> "Decisions":
         thresholds = thresholds.sort_by("label_id")
         cut = thresholds["threshold"].fill_null(float("inf"))
         knots: tuple = ()
@@ -110,7 +112,7 @@ class Decisions(NamedTuple):
                 (int(label), *(thresholds[f"knot_{name}"][label].values.to_numpy() for name in ("score", "log_odds")))
                 for label in np.flatnonzero(pa.compute.list_value_length(thresholds["knot_score"]).to_numpy())
             )
-        return cls(cut.to_numpy(), thresholds["a"].to_numpy(), thresholds["b"].to_numpy(), knots)
+        return cls(cut.to_numpy(), thresholds["a"].to_numpy(), thresholds["b"].to_numpy(), knots, rules)
 
     def log_odds(self, S: np.ndarray) -> np.ndarray:
         """Calibrated log-odds, (m, L) float64: what labels are ranked by, and the sigmoid of which is probability."""
@@ -118,6 +120,11 @@ class Decisions(NamedTuple):
         for label, score, log_odds in self.knots:
             Z[:, label] = calibration.log_odds_at(S[:, label], score, log_odds)
         return Z
+
+    def tagged(self, S: np.ndarray, Z: np.ndarray) -> tuple[np.ndarray, dict[str, tuple[np.ndarray, np.ndarray]]]:
+        """(m, L) bool, and by kind of rule the documents of each label (added, removed); Z are the log-odds of S."""
+        above = self.threshold <= S
+        return (above, {}) if self.rules is None else apply(self.rules, above, Z)
 
     def log_odds_of(self, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
         """The same of single pairs, (m,) float64: labels `ids` with `scores`."""
@@ -162,17 +169,22 @@ class Tagger(NamedTuple):
             pq.read_table(folder / "thresholds.parquet"),
             Weights.load(folder),
             settings,
+            json.loads((folder / "rules.json").read_text(encoding="utf-8")) if "rules.json" in card["sha256"] else {},
         )
 
     @classmethod
-    def from_tables(cls, vocabulary, labels, thresholds, weights: Weights, settings: dict) -> "Tagger":
+    def from_tables(
+        cls, vocabulary, labels, thresholds, weights: Weights, settings: dict, rules: dict | None = None
+    ) -> "Tagger":
         names = labels.sort_by("label_id")["label"].to_pylist()
         if not len(names) == weights.bias.size == thresholds.num_rows:
             raise DataError(
                 f"the model has {weights.bias.size} labels, the label table {len(names)}, "
                 f"thresholds {thresholds.num_rows}; they belong to different runs"
             )
-        return cls(Vocabulary.from_table(vocabulary), weights, Decisions.from_table(thresholds), names, settings)
+        decisions = Decisions.from_table(thresholds, compiled(rules, names) if rules else None)
+        names = names_of(rules, names) if rules else names
+        return cls(Vocabulary.from_table(vocabulary), weights, decisions, names, settings)
 
     def scores(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         """(m, L) float32 scores and (m,) the number of known terms of each text."""
@@ -197,7 +209,11 @@ class Tagger(NamedTuple):
 
 def tag_lists(S: np.ndarray, decisions: Decisions, labels: list[str], max_tags: int = 0) -> pa.Array:
     """Tags of scored rows: list of struct(label, score, probability, threshold), most probable first, then by label."""
-    indptr, ids = scoring.tags_of_rows(S, decisions.threshold)
+    if decisions.rules is None:
+        indptr, ids = scoring.tags_of_rows(S, decisions.threshold)
+    else:
+        rows, ids = np.nonzero(decisions.tagged(S, decisions.log_odds(S))[0])
+        indptr = np.searchsorted(rows, np.arange(S.shape[0] + 1))
     row = np.repeat(np.arange(S.shape[0]), np.diff(indptr))
     score = S[row, ids].astype(np.float64)
     log_odds = decisions.log_odds_of(ids, score)
@@ -218,13 +234,20 @@ def tag_lists(S: np.ndarray, decisions: Decisions, labels: list[str], max_tags: 
 
 
 def save(
-    folder: Path, vocabulary: pa.Table, labels: pa.Table, thresholds: pa.Table, weight_files, settings: dict
+    folder: Path,
+    vocabulary: pa.Table,
+    labels: pa.Table,
+    thresholds: pa.Table,
+    weight_files,
+    settings: dict,
+    rules: dict | None = None,
 ) -> None:
     """Write a tagger folder for `Tagger.load`."""
     for name, table in (("vocabulary", vocabulary), ("labels", labels), ("thresholds", thresholds)):
         pq.write_table(table, folder / f"{name}.parquet", compression="zstd")
     for path in weight_files:
         (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "rules.json").write_text(json.dumps(rules or {}, indent=1, sort_keys=True), encoding="utf-8")
     card = {"format": FORMAT, "settings": settings, "sha256": {p.name: sha256(p) for p in sorted(folder.iterdir())}}
     (folder / "tagger.json").write_text(json.dumps(card, indent=1, sort_keys=True), encoding="utf-8")
 

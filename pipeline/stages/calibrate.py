@@ -1,17 +1,22 @@
 """Calibrate.
 
-    labels, curves, histograms (and the status of each model)  ->  thresholds
+    labels, curves, histograms (and the status of each model)  ->  thresholds, rules.json
 
 Everything is read off the stored curves: another rule takes seconds and no training.
 """
 
+import json
+import logging
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.learners.decide import Evidence, decide, evidence
+from pipeline.learners.label_rules import check_labels, read_rules
 from pipeline.stages.parts import Outcome
-from pipeline.store import Run, write_part
+from pipeline.store import Run, entry, write_json, write_part
+
+log = logging.getLogger(__name__)
 
 
 def calibrate(spark, run: Run, attempt: Path, cfg) -> Outcome:
@@ -23,7 +28,23 @@ def calibrate(spark, run: Run, attempt: Path, cfg) -> Outcome:
         "labels_never_tagged": thresholds["threshold"].null_count,
         "threshold_quartiles": [float(q) for q in np.percentile(cuts, [25, 50, 75])] if cuts.size else [],
     }
-    return Outcome({"thresholds": [write_part(attempt, "thresholds", thresholds, 0)]}, facts)
+    rules = read_rules(cfg.calibrate.rules) if cfg.calibrate.rules else {}
+    if rules:
+        for warning in check_labels(rules, run.read("labels", ["label"])["label"].to_pylist()):
+            log.warning("calibrate: %s", warning)
+    write_json(attempt / "rules.json", rules)
+    tables = {
+        "thresholds": [write_part(attempt, "thresholds", thresholds, 0)],
+        "rules.json": [entry(attempt / "rules.json", attempt, 1)],
+    }
+    return Outcome(tables, facts)
+
+
+def rules_of(run: Run, verify: bool = False) -> dict:
+    """The rules between labels that the run keeps; empty where there are none."""
+    if "rules.json" not in run.finished("calibrate")["tables"]:  # a run of before
+        return {}
+    return json.loads(run.files("rules.json", verify)[0].read_text(encoding="utf-8"))
 
 
 def known_of(run: Run, cfg) -> Evidence:

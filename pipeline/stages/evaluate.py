@@ -1,7 +1,7 @@
 """Evaluate.
 
-    features[test], label_models (as weights), thresholds, documents (labels)  ->  label_counts, metrics.json,
-    report.html
+    features[test], label_models (as weights), thresholds, rules.json, documents (labels)
+        ->  label_counts, metrics.json, report.html
 
 Each task returns integers that add; Spark adds them and ratios are taken once, here.  Curves take two passes: the first
 learns the scores of the gold pairs, the second counts the negatives between them.
@@ -15,9 +15,12 @@ import numpy as np
 
 from pipeline.config import VOLATILE, flat
 from pipeline.errors import DataError
-from pipeline.kernels import ranking
+from pipeline.kernels import counts, ranking
+from pipeline.kernels.hierarchy import KINDS, hierarchical_metrics
 from pipeline.learners import judge
+from pipeline.learners.label_rules import compiled, hierarchy_closure
 from pipeline.learners.tagger import Decisions, Weights
+from pipeline.stages.calibrate import rules_of
 from pipeline.stages.parts import Outcome, run_tasks
 from pipeline.stages.split import TEST
 from pipeline.store import Run, entry, replacing, write_bytes, write_part
@@ -33,11 +36,15 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
     propensity = ranking.inverse_propensity(
         support["train"].to_numpy(), documents["train"], cfg.evaluate.propensity_a, cfg.evaluate.propensity_b
     )
+    rules = rules_of(run)
+    closure = hierarchy_closure(rules, names) if rules else None
     shared = spark.sparkContext.broadcast(
         {
             "labels": names,
             "weights": str(run.files("weights")[0].parent),
             "thresholds": run.read("thresholds"),
+            "rules": compiled(rules, names) if rules else None,
+            "closure": closure,
             "propensity": propensity,
             "if_undefined": float(cfg.evaluate.if_undefined),
         }
@@ -58,6 +65,10 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
     n = sums["documents"]
     undefined = float(cfg.evaluate.if_undefined)
     metrics = ranking.metrics({**sums, **curve_sums}, n, len(names), cuts, pooled, if_undefined=undefined)
+    if closure is not None:
+        hits, said, gold = (sums[f"hierarchical_{name}"] for name in ("hits", "tags", "gold"))
+        metrics |= hierarchical_metrics(hits, said, gold, undefined)
+    changed = rule_changes(sums, undefined)
     status = run.read("label_models", ["label_id", "status"]).sort_by("label_id")["status"].to_pylist()
     thresholds = run.read("thresholds")
     table = judge.label_table(support, sums, cuts, curve_sums, names, thresholds, status, undefined)
@@ -76,6 +87,8 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
             **{name: int(np.sum(sums[name])) for name in ("tp", "fp", "fn")},
         },
     }
+    if changed:
+        card["rules"] = changed
     write_bytes(attempt / "metrics.json", (json.dumps(card, indent=1) + "\n").encode())
     examples = [example for _, _, part in first for example in part][:5]
     from pipeline.report import render  # plots are slow to import, and the workers that load this module draw none
@@ -89,6 +102,7 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
         settings=settings(cfg),
         examples=examples,
         facts=corpus_facts(run),
+        rules=changed,
     )
     write_bytes(attempt / "report.html", page.encode())
     tables = {
@@ -100,6 +114,24 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
         tables,
         {"metrics": metrics, "counts": card["counts"], "examples": examples, "reliability": reliability_bins(sums)},
     )
+
+
+def rule_changes(sums: dict, if_undefined: float) -> dict:
+    """What each kind of rule between labels added and removed, and micro and macro F1 before and after all of them."""
+    if "before_rules_tp" not in sums:
+        return {}
+    before, after = (
+        counts.label_metrics(sums[f"{prefix}tp"], sums[f"{prefix}fp"], sums[f"{prefix}fn"], if_undefined)
+        for prefix in ("before_rules_", "")
+    )
+    kept = ("micro_precision", "micro_recall", "micro_f1", "macro_f1", "macro_f1_all")
+    return {
+        "before": {name: before[name] for name in kept},
+        "after": {name: after[name] for name in kept},
+        "changes": {
+            kind: {what: int(np.sum(sums[f"{kind}_{what}"])) for what in ("added", "removed")} for kind in KINDS
+        },
+    }
 
 
 def publish(run: Run) -> None:
@@ -182,10 +214,10 @@ EXAMPLE_CHARACTERS = 600
 
 def _judge_part(shared, paths):
     s = shared.value
-    weights, decisions = _weights(s["weights"]), Decisions.from_table(s["thresholds"])
+    weights, decisions = _weights(s["weights"]), Decisions.from_table(s["thresholds"], s["rules"])
     sums, scored = [], []
     for chunk in judge.chunks(*map(Path, paths), s["labels"], TEST):
-        part, pairs = judge.judge(chunk, weights, decisions, s["propensity"], s["if_undefined"])
+        part, pairs = judge.judge(chunk, weights, decisions, s["propensity"], s["if_undefined"], s["closure"])
         sums.append(part)
         scored.append(pairs)
     labels, scores = (
@@ -197,7 +229,7 @@ def _judge_part(shared, paths):
 
 def _negatives_of_part(shared, curves, paths):
     s = shared.value
-    weights, decisions = _weights(s["weights"]), Decisions.from_table(s["thresholds"])
+    weights, decisions = _weights(s["weights"]), Decisions.from_table(s["thresholds"], s["rules"])
     return judge.added(
         [
             judge.count_negatives(chunk, weights, decisions, *curves.value)

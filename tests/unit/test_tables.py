@@ -10,6 +10,7 @@ NULLABLE = {
     ("thresholds", "threshold"),
     ("thresholds", "expected_f1"),
     ("thresholds", "spread"),
+    *(("thresholds", f"{m}_{when}") for m in ("brier", "log_loss", "ece") for when in ("before", "after")),
     ("label_counts", "precision"),
     ("label_counts", "recall"),
     ("label_counts", "f1"),

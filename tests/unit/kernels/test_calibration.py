@@ -233,6 +233,24 @@ def test_isotonic_merges_what_costs_less_than_a_parameter():
     assert 3 <= many[0].size <= 20
 
 
+@pytest.mark.parametrize(("more", "knots"), [(16, 1), (19, 2)])  # cost 0.8 and 1.6 nats; a parameter costs 1
+def test_a_block_must_be_worth_a_parameter(more, knots):
+    filled = filled_with([(300, 10, 90), (500, more, 100 - more)])
+    assert isotonic(bin_centres(), *filled)[0].size == knots
+
+
+def test_small_blocks_that_their_halves_turn_are_one():
+    knot_score, knot_log_odds = isotonic(bin_centres(), *filled_with([(300, 0, 1), (310, 1, 9)]), 0.0)
+    assert_allclose(knot_log_odds, np.log([2 / 11]))
+    assert_allclose(knot_score, [bin_centres()[[300, 310]] @ [2, 11] / 13])
+
+
+def test_between_knots_the_slope_has_a_floor():
+    filled = filled_with([(100, 100_000, 100_000), (900, 100_001, 100_000)])
+    knot_score, knot_log_odds = isotonic(bin_centres(), *filled, 0.0)
+    assert_allclose(np.diff(knot_log_odds), KNOT_SLOPE * np.diff(knot_score))
+
+
 def test_isotonic_finds_a_bent_map():
     rng = np.random.default_rng(0)
     s = bin_centres()

@@ -36,7 +36,7 @@ from tests.problems import rows_of
 from tests.reference import best_f1, counts_at, objective, optimum
 
 MIDDLE = BINS // 2  # the first bin of scores >= 0
-TIGHT = {"gap": 1e-4, "max_epochs": 2000, "C": 5.0, "prune": 0.0}
+TIGHT = {"gap": 1e-4, "max_epochs": 2000, "C": 5.0, "prune": 0.0, "loss": "logistic"}
 
 
 def gold_of(Y, fold):
