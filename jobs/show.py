@@ -163,11 +163,7 @@ def thresholds(run: Run, cfg: configuration.Config, as_json: bool) -> None:
         return
     support = known.pooled.support()
     documents, tags = int(known.pooled.rows().max(initial=0)), int(support.sum())
-    judged = (
-        "cuts of all folds but one, judged on that one"
-        if known.maps.out_of_fold
-        else "judged on what they were chosen on"
-    )
+    judged = "cross-fitted over folds" if known.maps.out_of_fold else "judged on what they were chosen on"
     out = console()
     grid = Grid(
         title=f"{documents:,} training documents, {tags / max(documents, 1):.2f} gold labels a document; {judged}",

@@ -129,7 +129,9 @@ def test_calibrate_chooses_again_without_training(place):
     before = json.loads((root / "run" / "metrics.json").read_text())["metrics"]
     trained = json.loads((root / "run" / "train" / "MANIFEST.json").read_text())["fingerprint"]
     at = {"home": root / "home", "cwd": root}
-    done = command("calibrate", "--run", "run", "--set", "calibrate.rule=fixed", *SETS[4:], **at)
+    done = command(
+        "calibrate", "--run", "run", "--set", "calibrate.rule=fixed", "--set", "calibrate.at=0.01", *SETS[4:], **at
+    )
     assert "train" not in done.stderr
     after = json.loads((root / "run" / "metrics.json").read_text())["metrics"]
     assert after["micro_f1"] != before["micro_f1"]
@@ -139,7 +141,7 @@ def test_calibrate_chooses_again_without_training(place):
         "calibrate.* and evaluate.* only"
         in command("calibrate", "--run", "run", "--set", "train.C=1", expect=78, **at).stderr
     )
-    command("calibrate", "--run", "run", "--set", "calibrate.rule=f_beta", *SETS[4:], **at)
+    command("calibrate", "--run", "run", "--set", "calibrate.rule=f_beta", "--set", "calibrate.at=0.5", *SETS[4:], **at)
     assert json.loads((root / "run" / "metrics.json").read_text())["metrics"] == before
 
 

@@ -203,7 +203,7 @@ def test_other_settings_are_refused_and_redone_on_request(fit, toy):
     run = fit(toy)
     features = [digest(path) for path in run.files("features")]
     marks = {stage: run.manifest(stage)["fingerprint"] for stage in ("ingest", "featurize", "train", "evaluate")}
-    with pytest.raises(ConfigError, match=r"train.C is 3.0, 20.0 in the run"):
+    with pytest.raises(ConfigError, match=r"train.C is 3.0, 0.5 in the run"):
         fit(toy, "train.C=3")
     again = fit(toy, "train.C=3", overwrite=True)
     after = {stage: again.manifest(stage)["fingerprint"] for stage in marks}
@@ -233,7 +233,7 @@ def test_tags_follow_a_new_threshold_in_the_same_session(fit, toy, tmp_path):
     run = fit(toy)
     cfg = tagging.tag_config(str(run.root), None, list(SMALL))
     tagging.tag(str(run.root), None, str(toy), str(tmp_path / "before"), cfg)
-    fit(toy, "calibrate.rule=fixed", overwrite=True)
+    fit(toy, "calibrate.rule=fixed", "calibrate.calibration=none", overwrite=True)
     tagging.tag(str(run.root), None, str(toy), str(tmp_path / "after"), cfg)
     said = pd.concat(pd.read_parquet(tmp_path / "after")["tags"].map(lambda t: pd.DataFrame(list(t))).tolist())
     assert set(said["threshold"]) == {0.0}

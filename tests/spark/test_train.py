@@ -81,7 +81,7 @@ def test_a_refit_changes_its_labels_and_no_other(golden, copy):
     assert run.damage("train") is None
     # what builds on train follows, and the settings of the run stay
     assert run.finished("evaluate")["recipe"]["inputs"]["train"] == run.finished("train")["fingerprint"]
-    assert run.info["config"]["train"]["C"] == 20.0
+    assert run.info["config"]["train"]["C"] == 0.5
 
 
 def test_after_a_refit_the_run_is_up_to_date(copy, monkeypatch):

@@ -296,12 +296,8 @@ def test_the_chosen_cut_is_the_best_of_all(name, pairs):
         assert_allclose(value(*counts_at(scores, positive, cut), P, N), best, rtol=1e-12)
 
 
-@given(st.lists(label, min_size=1, max_size=5), st.permutations(range(5)))
-@ORDINARY
-def test_the_joint_rule_is_its_serial_definition(cases, order):
-    cases = [arrays_of(pairs) for pairs in cases]
-    order = [k for k in order if k < len(cases)]
-    found = cuts_of(cases, order, joint=True)[0]
+def serial(cases, order, found):
+    """The joint rule label by label: each cut that was found is the best given those before it."""
     TP = FP = FN = 0
     for k in order:
         scores, positive = cases[k]
@@ -318,6 +314,26 @@ def test_the_joint_rule_is_its_serial_definition(cases, order):
         assert_allclose(value(found[k]), max(map(value, all_cuts(scores))), rtol=1e-12)
         tp, fp = counts_at(scores, positive, found[k])
         TP, FP, FN = TP + tp, FP + fp, FN + P - tp
+
+
+@given(st.lists(label, min_size=1, max_size=5), st.permutations(range(5)))
+@ORDINARY
+def test_the_joint_rule_is_its_serial_definition(cases, order):
+    cases = [arrays_of(pairs) for pairs in cases]
+    order = [k for k in order if k < len(cases)]
+    serial(cases, order, cuts_of(cases, order, joint=True)[0])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_joint_rule_remembers_hits_errors_and_misses(seed):
+    """Hard labels of many rows, so that every sum decides about some cut."""
+    rng = np.random.default_rng(seed)
+    cases = []
+    for _ in range(12):
+        positive = rng.random(120) < rng.uniform(0.05, 0.5)
+        positive[0] = True
+        cases.append(((rng.normal(0, 1, 120) + 0.7 * positive).astype(np.float32), positive))
+    serial(cases, range(12), cuts_of(cases, joint=True)[0])
 
 
 @given(label)
