@@ -56,6 +56,9 @@ MEANINGS = {
         "jaccard_samples": "mean over documents of |tags and gold| / |tags or gold|",
         "hamming_loss": "share of all document-label pairs that are wrong; lower is better",
         "subset_accuracy": "share of documents whose tags are exactly the gold labels",
+        "hierarchical_precision": "share of tags and their ancestors that are gold or ancestors of gold",
+        "hierarchical_recall": "share of gold and its ancestors that are tags or ancestors of tags",
+        "hierarchical_f1": "harmonic mean of the two",
     },
     "Whole ranking": {
         "lrap": "mean over gold labels of the share of gold among the labels ranked at or above it",
