@@ -17,8 +17,8 @@ def test_reuters_with_the_defaults(spark, data, tmp_path):
     run = entry.fit(str(tmp_path / "run"), str(path), cfg)
     card = json.loads((run.root / "metrics.json").read_text())
     assert card["counts"]["documents"] == 3019
-    assert card["metrics"]["micro_f1"] >= 0.875
-    assert card["metrics"]["macro_f1"] >= 0.58
+    assert card["metrics"]["micro_f1"] >= 0.885
+    assert card["metrics"]["macro_f1"] >= 0.61
     tagging.tag(str(run.root), None, str(path), str(tmp_path / "tags"), cfg)
     tags = pd.read_parquet(tmp_path / "tags").set_index("doc_id")["tags"]
     documents = pd.read_parquet(path)
