@@ -267,7 +267,7 @@ def test_a_file_error_says_which_file_and_where(file):
         ("train.max_epoch=3", "train.max_epochs"),
         ("featurise.min_df=3", "featurize"),
         ("tain.C=3", "train"),
-        ("calibrate.rules=fixed", "calibrate.rule"),
+        ("calibrate.rulez=fixed", "calibrate.rule"),
         ("input.txt=body", "input.text"),
         ("spark.partition=3", "spark.partitions"),
     ],
