@@ -470,7 +470,7 @@ def _send_model(client, run_id, run, cfg):
 def _bundle(folder, run, cfg):
     """The run's tagger as the folder that `Tagger.load` reads."""
     from pipeline.learners.tagger import save
-    from pipeline.stages.calibrate import rules_of
+    from pipeline.stages.parts import rules_of
 
     bundle = folder / MODEL
     bundle.mkdir()

@@ -15,7 +15,7 @@ from numba import njit
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr
 
-from pipeline.kernels.counts import checked_gold
+from pipeline.kernels.counts import checked_gold, precision_recall_f1, set_values
 from pipeline.kernels.lanes import uniform
 
 ECE_BINS = 15
@@ -43,7 +43,8 @@ MEASURES = (
     "roc_auc_macro",
 )
 # columns of `Units.sums`; hamming_loss: wrong pairs of the document
-SUMS = (*MEASURES, "samples_f1", "subset_accuracy", "hamming_loss", "jaccard_samples")
+SETS = ("samples_f1", "subset_accuracy", "hamming_loss", "jaccard_samples")
+SUMS = (*MEASURES, *SETS)
 INFLUENCES = MEASURES[-3:]
 
 LABEL_METRICS = ("micro_f1", "micro_precision", "micro_recall", "macro_f1", "macro_f1_all", "weighted_f1")
@@ -112,16 +113,9 @@ def units_of(
     pairs, said = gold_row * n_labels + gold_labels, tag_row * n_labels + tag_labels
     missed, right = ~np.isin(pairs, said, assume_unique=True), np.isin(said, pairs, assume_unique=True)
     hits = np.bincount(tag_row[right], minlength=n)
-    gold, tags = np.diff(gold_indptr), np.diff(tag_indptr)
-    either = gold + tags
-    sets = (
-        np.where(either > 0, 2 * hits / np.maximum(either, 1), if_undefined),
-        either == 2 * hits,
-        either - 2 * hits,
-        np.where(either > 0, hits / np.maximum(either - hits, 1), if_undefined),
-    )
+    sets = set_values(hits, np.diff(tag_indptr), np.diff(gold_indptr), if_undefined)
     of_document = np.arange(n) % count
-    per_document = np.column_stack([measures, *sets])
+    per_document = np.column_stack([measures, *(sets[name] for name in SETS)])
     sums = np.zeros((count, per_document.shape[1]))
     for start in range(0, n, count):  # a round of the units at a time: np.add.at takes ten times as long
         part = per_document[start : start + count]
@@ -396,7 +390,7 @@ def compare(
     support = counts_a[0] + counts_a[2]
     if not np.array_equal(support, counts_b[0] + counts_b[2]):
         raise ValueError("gold differs between the runs; expected the same")
-    f1_a, f1_b = (_f1(*counts, if_undefined) for counts in (counts_a, counts_b))
+    f1_a, f1_b = (precision_recall_f1(*counts, if_undefined)[2] for counts in (counts_a, counts_b))
     p, differ = label_p_values(a, b)
     tested = differ & (support > 0)
     by_unit = np.ascontiguousarray(drawn.T)
@@ -433,11 +427,6 @@ def _label_totals(units):
     """tp, fp, fn of every label, (L,) int64 each."""
     label = np.repeat(np.arange(units.indptr.size - 1), np.diff(units.indptr))
     return [np.bincount(label, kind, units.indptr.size - 1).astype(np.int64) for kind in (units.tp, units.fp, units.fn)]
-
-
-def _f1(tp, fp, fn, if_undefined):
-    denominator = 2 * tp + fp + fn
-    return np.where(denominator > 0, 2 * tp / np.maximum(denominator, 1), if_undefined)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -89,14 +89,19 @@ def set_sums(
     indptr, labels = checked_gold(gold_indptr, gold_labels, *tagged.shape)
     _, _, hits, tags = _count(tagged, indptr, labels)
     gold = np.diff(indptr)
+    per_document = set_values(hits, tags, gold, if_undefined)
+    return {name: exact_sum(to_fixed(values)) for name, values in per_document.items()}
+
+
+def set_values(hits: Counts, tags: Counts, gold: Counts, if_undefined: float = 0.0) -> dict[str, NDArray]:
+    """What each document adds to `set_sums`, (m,), from how many tags it has, how many gold labels, and both."""
     wrong = tags + gold - 2 * hits
-    per_document = {
+    return {
         "samples_f1": _ratio(2 * hits, tags + gold, if_undefined),
         "subset_accuracy": wrong == 0,
         "hamming_loss": wrong,
         "jaccard_samples": _ratio(hits, tags + gold - hits, if_undefined),
     }
-    return {name: exact_sum(to_fixed(values)) for name, values in per_document.items()}
 
 
 def set_metrics(sums: Mapping[str, int], n: int, n_labels: int, if_undefined: float = 0.0) -> dict[str, float]:

@@ -45,11 +45,8 @@ class Evidence(NamedTuple):
     curves: Curves
     pooled: Histograms
     folds: list[tuple[Curves, Histograms]]
+    rests: list[Histograms]  # for each fold the others together; empty where there are fewer than two
     maps: Maps
-
-    @property
-    def histograms(self) -> list[Histograms]:
-        return [h for _, h in self.folds]
 
 
 def evidence(curve_table: pa.Table, histogram_table: pa.Table, labels: int, cfg) -> Evidence:
@@ -57,7 +54,9 @@ def evidence(curve_table: pa.Table, histogram_table: pa.Table, labels: int, cfg)
     pooled = histograms_of(histogram_table, POOLED, labels)
     names = sorted(set(curve_table["fold"].unique().to_pylist()) - {POOLED})
     folds = [(curves_of(curve_table, f, labels), histograms_of(histogram_table, f, labels)) for f in names]
-    return Evidence(curves_of(curve_table, POOLED, labels), pooled, folds, maps(pooled, [h for _, h in folds], cfg))
+    histograms = [h for _, h in folds]
+    rests = without_each(histograms)[1] if len(folds) > 1 else []
+    return Evidence(curves_of(curve_table, POOLED, labels), pooled, folds, rests, maps(pooled, histograms, cfg))
 
 
 def curves_of(table: pa.Table, fold: int, size: int) -> Curves:
@@ -134,11 +133,10 @@ def label_cuts(curves: Curves, histograms: Histograms, lines: Lines, cfg) -> tup
     """
     beta = cfg.beta if cfg.rule == "f_beta" else 1.0
     common, micro_f = cuts.global_cut(histograms, cfg.beta)
-    peers = cuts.peers(histograms)
-    order = np.argsort(-histograms.support(), kind="stable")
 
     def solved(**goal):
-        return cuts.label_cuts(Goal(**goal), order, *curves, *histograms, *peers)
+        order = np.argsort(-histograms.support(), kind="stable")
+        return cuts.label_cuts(Goal(**goal), order, *curves, *histograms, *cuts.peers(histograms))
 
     if cfg.rule in GOALS:
         first, second = {
@@ -230,8 +228,8 @@ def forecast(known: Evidence, cfg) -> Forecast:
     """
     size = known.pooled.size
     kind = np.array(known.maps.calibration, dtype=object)
-    whole, rests = without_each(known.histograms) if len(known.folds) > 1 else (known.pooled, [known.pooled])
-    parts = known.histograms if len(known.folds) > 1 else [known.pooled]
+    parts = [h for _, h in known.folds] if known.rests else [known.pooled]
+    rests = known.rests or [known.pooled]
     tp, fp = np.zeros(size, np.int64), np.zeros(size, np.int64)
     by_probability = cfg.rule in ("budget", "fixed")
     for part, rest in zip(parts, rests, strict=True):
@@ -239,7 +237,7 @@ def forecast(known: Evidence, cfg) -> Forecast:
         found, _ = label_cuts(Curves.none(size), rest, lines, cfg)
         more = cuts.counts_at(found, *part)
         tp, fp = tp + more[0], fp + more[1]
-    return Forecast(tp, fp, whole.support(), int(whole.rows().max(initial=0)))
+    return Forecast(tp, fp, known.pooled.support(), int(known.pooled.rows().max(initial=0)))
 
 
 def nested(known: Evidence, cfg) -> tuple[Any, list[dict]]:

@@ -5,7 +5,6 @@
 Everything is read off the stored curves: another rule takes seconds and no training.
 """
 
-import json
 import logging
 from pathlib import Path
 
@@ -38,13 +37,6 @@ def calibrate(spark, run: Run, attempt: Path, cfg) -> Outcome:
         "rules.json": [entry(attempt / "rules.json", attempt, 1)],
     }
     return Outcome(tables, facts)
-
-
-def rules_of(run: Run, verify: bool = False) -> dict:
-    """The rules between labels that the run keeps; empty where there are none."""
-    if "rules.json" not in run.finished("calibrate")["tables"]:  # a run of before
-        return {}
-    return json.loads(run.files("rules.json", verify)[0].read_text(encoding="utf-8"))
 
 
 def known_of(run: Run, cfg) -> Evidence:

@@ -20,8 +20,7 @@ from pipeline.kernels.hierarchy import KINDS, hierarchical_metrics
 from pipeline.learners import judge
 from pipeline.learners.label_rules import compiled, hierarchy_closure
 from pipeline.learners.tagger import Decisions, Weights
-from pipeline.stages.calibrate import rules_of
-from pipeline.stages.parts import Outcome, run_tasks
+from pipeline.stages.parts import Outcome, rules_of, run_tasks
 from pipeline.stages.split import TEST
 from pipeline.store import Run, entry, replacing, write_bytes, write_part
 

@@ -1,11 +1,14 @@
 """One Spark task per part: the wiring that all stages share."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+
+from pipeline.store import Run
 
 
 class Outcome(NamedTuple):
@@ -41,6 +44,13 @@ def map_tasks(spark, tasks: Sequence[Any], function: Callable[[Any], Iterator[pa
                 yield from function(tasks[number])
 
     return spark.range(0, len(tasks), 1, max(1, len(tasks))).mapInArrow(run, schema)
+
+
+def rules_of(run: Run, verify: bool = False) -> dict:
+    """The rules between labels that the run keeps; empty where there are none."""
+    if "rules.json" not in run.finished("calibrate")["tables"]:  # a run of before
+        return {}
+    return json.loads(run.files("rules.json", verify)[0].read_text(encoding="utf-8"))
 
 
 def hashes(values: pa.Array | pa.ChunkedArray, seed: str) -> np.ndarray:

@@ -13,8 +13,7 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from pipeline.learners.tagger import Tagger, Weights
-from pipeline.stages.calibrate import rules_of
-from pipeline.stages.parts import Outcome, run_tasks
+from pipeline.stages.parts import Outcome, rules_of, run_tasks
 from pipeline.store import Run, write_part
 
 
