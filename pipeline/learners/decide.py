@@ -88,7 +88,7 @@ def choose(curve_table: pa.Table, histogram_table: pa.Table, status: Sequence[st
 def decide(known: Evidence, status: Sequence[str], cfg) -> tuple[pa.Table, dict]:
     """The table `thresholds` (see `choose`), and facts: the guard that was used, calibration before and after."""
     size = len(status)
-    cfg, tried = nested(known, cfg) if cfg.guard == "nested" else (cfg, None)
+    cfg, tried = settled(known, cfg)
     cut, expected = label_cuts(known.curves, known.pooled, _lines(known.maps), cfg)
     of_folds = [label_cuts(c, h, _lines(known.maps), cfg)[0] for c, h in known.folds]
     by_fold = np.array(of_folds).reshape(len(known.folds), size)
@@ -240,6 +240,11 @@ def forecast(known: Evidence, cfg) -> Forecast:
     return Forecast(tp, fp, known.pooled.support(), int(known.pooled.rows().max(initial=0)))
 
 
+def settled(known: Evidence, cfg) -> tuple[Any, list[dict]]:
+    """cfg with a guard to go by: where it says nested, the one that `nested` chooses, and what it tried."""
+    return nested(known, cfg) if cfg.guard == "nested" else (cfg, [])
+
+
 def nested(known: Evidence, cfg) -> tuple[Any, list[dict]]:
     """cfg with the guard whose cross-fitted micro F1 + macro F1 is largest, and what each of them gave."""
     tried = []
@@ -253,7 +258,7 @@ def nested(known: Evidence, cfg) -> tuple[Any, list[dict]]:
 def side_by_side(known: Evidence, cfg) -> dict[str, dict[str, float]]:
     """What each rule, with the other settings as they are, would give: `Forecast.metrics` by rule."""
     rules = ("f_beta", "joint", "global", "budget", "precision", "recall", "cost", "youden", "otsu", "pcut", "fixed")
-    return {rule: forecast(known, cfg.model_copy(update={"rule": rule})).metrics() for rule in rules}
+    return {rule: forecast(known, settled(known, cfg.model_copy(update={"rule": rule}))[0]).metrics() for rule in rules}
 
 
 def _rows_of(table, fold, size, column):

@@ -365,3 +365,13 @@ def test_rules_side_by_side_show_what_they_are_for():
     assert found["precision"]["micro_precision"] == max(m["micro_precision"] for m in found.values())
     assert found["recall"]["micro_recall"] > 0.8
     assert abs(found["budget"]["tags"] - Y.sum() / 600) < 0.1
+
+
+def test_side_by_side_takes_the_guard_that_nested_would():
+    S, Y = unlucky(1000, 80, 0)
+    S[:, :8] -= 9 * Y[:, :8]
+    cfg = CalibrateConfig(guard="nested", micro=0)
+    known = evidence(*tables_of(S, Y, np.arange(1000) % 3), 80, cfg)
+    found = side_by_side(known, cfg)["f_beta"]
+    assert found == forecast(known, nested(known, cfg)[0]).metrics()
+    assert found["micro_f1"] > forecast(known, cfg.model_copy(update={"guard": "none"})).metrics()["micro_f1"]
