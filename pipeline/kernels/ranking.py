@@ -41,6 +41,7 @@ ADDED = {"p": ("hits",), "psp": ("psp", "psp_best")}
 
 # labels between two carries of the running fixed-point sums: 2**16 terms below 2**46 stay far inside int64
 CARRY_EVERY = 1 << 16
+GAP_BITS = 30  # of the calibration gaps of labels, which are plain int64
 
 
 def inverse_propensity(train_support: ArrayLike, n_train: int, A: float = 0.55, B: float = 1.5) -> NDArray[np.float64]:
@@ -192,14 +193,14 @@ def _rank_documents(S, indptr, labels, inverse_p, discount, at_k, whole):
             is_gold[label] = False
 
 
-def ranking_sums(
+def ranking_values(
     S: NDArray,
     gold_indptr: ArrayLike,
     gold_labels: ArrayLike,
     inverse_propensity: ArrayLike,
     ks: Mapping[str, Sequence[int]] = KS,
-) -> dict[str, int]:
-    """Sums over the documents of a chunk that judge the ranking of the labels; they add, in units of 2**-40 (`exact`).
+) -> dict[str, NDArray[np.float64]]:
+    """What each document of a chunk adds to the metrics that judge the ranking of its labels, (m,) each.
 
     S: (m, L) float32 or float64 scores, any strictly increasing function of them gives the same.
     inverse_propensity: (L,).
@@ -229,15 +230,21 @@ def ranking_sums(
     at_k = np.zeros((m, len(AT_K), size))
     whole = np.zeros((m, len(WHOLE)))
     _rank_documents(S, indptr, labels, inverse_p, discount, at_k, whole)
+    columns = [(column, k) for family, cuts in ks.items() for column in ADDED.get(family, (family,)) for k in cuts]
+    found = {f"{column}_at_{k}": at_k[:, AT_K.index(column), k - 1] for column, k in columns}
+    return found | dict(zip(WHOLE, whole.T, strict=True))
 
-    sums = {}
-    for family, cuts in ks.items():
-        for column in ADDED.get(family, (family,)):
-            for k in cuts:
-                sums[f"{column}_at_{k}"] = exact_sum(to_fixed(at_k[:, AT_K.index(column), k - 1]))
-    for c, name in enumerate(WHOLE):
-        sums[name] = exact_sum(to_fixed(whole[:, c]))
-    return sums
+
+def ranking_sums(
+    S: NDArray,
+    gold_indptr: ArrayLike,
+    gold_labels: ArrayLike,
+    inverse_propensity: ArrayLike,
+    ks: Mapping[str, Sequence[int]] = KS,
+) -> dict[str, int]:
+    """Sums of `ranking_values` over a chunk; they add, in units of 2**-40 (`exact`)."""
+    values = ranking_values(S, gold_indptr, gold_labels, inverse_propensity, ks)
+    return {name: exact_sum(to_fixed(of_documents)) for name, of_documents in values.items()}
 
 
 def ranking_metrics(
@@ -440,11 +447,11 @@ def curve_metrics(
 
 
 @njit(cache=True, error_model="numpy")
-def _add_probabilities(P, indptr, labels, pairs, positives, high, low):
+def _add_probabilities(P, indptr, labels, pairs, positives, high, low, gaps_of_labels, of_documents):
     m, n_labels = P.shape
     bins = pairs.size
     eps = np.finfo(np.float64).eps
-    scale = np.float64(1 << FRACTION_BITS)
+    scale, label_scale = np.float64(1 << FRACTION_BITS), np.float64(1 << GAP_BITS)
     for i in range(m):
         g = indptr[i]
         for start in range(0, n_labels, CARRY_EVERY):
@@ -454,27 +461,40 @@ def _add_probabilities(P, indptr, labels, pairs, positives, high, low):
                 pairs[b] += 1
                 miss = p
                 right = 1.0 - p
+                gap = p
                 if g < indptr[i + 1] and labels[g] == j:
                     g += 1
                     positives[b] += 1
                     miss = 1.0 - p
                     right = p
+                    gap = p - 1.0
+                nats = -np.log(min(max(right, eps), 1.0 - eps))
                 low[b] += np.int64(np.rint(p * scale))
                 low[bins] += np.int64(np.rint(miss * miss * scale))
-                low[bins + 1] += np.int64(np.rint(-np.log(min(max(right, eps), 1.0 - eps)) * scale))
+                low[bins + 1] += np.int64(np.rint(nats * scale))
+                gaps_of_labels[j, b] += np.int64(np.rint(gap * label_scale))
+                of_documents[i, b] += gap
+                of_documents[i, bins] += miss * miss
+                of_documents[i, bins + 1] += nats
             for c in range(bins + 2):
                 high[c] += low[c] >> WORD_BITS
                 low[c] &= WORD_MASK
 
 
-def probability_sums(P: NDArray, gold_indptr: ArrayLike, gold_labels: ArrayLike, bins: int = 15) -> dict[str, Any]:
-    """Sums over the (document, label) pairs of a chunk that judge the probabilities; they add.
+def probability_sums(
+    P: NDArray, gold_indptr: ArrayLike, gold_labels: ArrayLike, bins: int = 15
+) -> tuple[dict[str, Any], NDArray[np.float64]]:
+    """Sums over the (document, label) pairs of a chunk that judge the probabilities; they add.  And those of documents.
 
     P: (m, L) probabilities, 0..1, used as float64.
 
-    Returns `bin_pairs`, `bin_positives` (bins,) int64, and in units of 2**-40 (`exact`) `bin_probability` (bins,)
-    Python ints, `brier`, `log_loss`.  The bin of p is floor(p * bins), the last one also holds p = 1.  The log loss of
-    a pair, in nats, clips probabilities to [eps, 1 - eps], eps = 2**-52, as scikit-learn does.
+    Returns a mapping: `bin_pairs`, `bin_positives` (bins,) int64, and in units of 2**-40 (`exact`) `bin_probability`
+    (bins,) Python ints, `brier`, `log_loss`; `gaps_of_labels` (L, bins) int64, the sum of probabilities less the
+    positives of each label and bin in units of 2**-GAP_BITS, which holds 2**33 documents.
+    And (m, bins + 2): the gap in each bin, brier, log_loss of each document, sums over its labels.
+
+    The bin of p is floor(p * bins), the last one also holds p = 1.  The log loss of a pair, in nats, clips
+    probabilities to [eps, 1 - eps], eps = 2**-52, as scikit-learn does.
     """
     P = np.ascontiguousarray(P, dtype=np.float64)
     # written so that a NaN, which compares false, is refused too
@@ -483,15 +503,23 @@ def probability_sums(P: NDArray, gold_indptr: ArrayLike, gold_labels: ArrayLike,
     indptr, labels = checked_gold(gold_indptr, gold_labels, *P.shape)
     pairs, positives = np.zeros((2, bins), np.int64)
     high, low = np.zeros((2, bins + 2), np.int64)
-    _add_probabilities(P, indptr, labels, pairs, positives, high, low)
+    gaps, of_documents = np.zeros((P.shape[1], bins), np.int64), np.zeros((P.shape[0], bins + 2))
+    _add_probabilities(P, indptr, labels, pairs, positives, high, low, gaps, of_documents)
     total = join_words(high, low)
-    return {
+    sums = {
         "bin_pairs": pairs,
         "bin_positives": positives,
         "bin_probability": total[:bins],
         "brier": total[bins],
         "log_loss": total[bins + 1],
+        "gaps_of_labels": gaps,
     }
+    return sums, of_documents
+
+
+def label_calibration_error(gaps_of_labels: NDArray[np.int64], n: int) -> NDArray[np.float64]:
+    """Expected calibration error of each label over n documents, (L,): mean over bins of |sum of p - positives|."""
+    return np.abs(gaps_of_labels * 2.0**-GAP_BITS).sum(axis=1) / max(n, 1)
 
 
 def probability_metrics(sums: Mapping[str, Any], if_undefined: float = 0.0) -> dict[str, float]:

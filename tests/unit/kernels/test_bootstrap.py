@@ -109,13 +109,13 @@ def test_measures_of_documents_give_the_ranking_and_probability_metrics():
     measures = np.zeros((40, len(MEASURES)))
     for i in range(40):
         one = S[i : i + 1], *gold_of(Y[i : i + 1])
-        sums = ranking.ranking_sums(*one, propensity) | ranking.probability_sums(expit(one[0]), *one[1:])
+        sums = ranking.ranking_sums(*one, propensity) | ranking.probability_sums(expit(one[0]), *one[1:])[0]
         gaps = sums.pop("bin_probability") - sums["bin_positives"].astype(object) * SCALE
         sums |= {f"ece_{b}": gap for b, gap in enumerate(gaps)}
         measures[i] = [sums.get(name, 0) / SCALE for name in MEASURES]
     found = dict(zip(METRICS, fold_metrics(units(Y, T, measures), 7, POINT), strict=True))
     expected = ranking.ranking_metrics(ranking.ranking_sums(S, *gold_of(Y), propensity), 40, 7)
-    expected |= ranking.probability_metrics(ranking.probability_sums(expit(S), *gold_of(Y)))
+    expected |= ranking.probability_metrics(ranking.probability_sums(expit(S), *gold_of(Y))[0])
     for name, value in expected.items():
         assert_allclose(found[name], value, rtol=0, atol=1e-11, err_msg=name)
     names = {*expected, *INFLUENCES, *label_metrics([1], [1], [1]), *set_metrics(set_sums(T, *gold_of(Y)), 40, 7)}

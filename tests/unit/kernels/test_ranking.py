@@ -72,7 +72,7 @@ def fold_sums(S, Y, cuts, pooled_cuts, P, inverse_p):
     curves = {"between": between, "equal": equal, "pooled_between": pooled_between, "pooled_equal": pooled_equal}
     tp, fp, fn = confusion(P > 0.5, *gold)
     counts = {"tp": tp, "fp": fp, "fn": fn, **set_sums(P > 0.5, *gold)}
-    return curves | counts | ranking_sums(S, *gold, inverse_p) | probability_sums(P, *gold)
+    return curves | counts | ranking_sums(S, *gold, inverse_p) | probability_sums(P, *gold)[0]
 
 
 def both_cuts(S, Y):
@@ -233,7 +233,7 @@ def probabilities_and_gold(draw):
 @ORDINARY
 def test_probabilities_equal_sklearn(case, bins):
     P, Y = case
-    found = probability_metrics(probability_sums(P, *gold_of(Y), bins))
+    found = probability_metrics(probability_sums(P, *gold_of(Y), bins)[0])
     y, p = Y.ravel().astype(int), P.ravel()
     assert_allclose(found["log_loss"], log_loss(y, p, labels=[0, 1]), **EXACT)
     assert_allclose(found["brier"], brier_score_loss(y, p, labels=[0, 1], pos_label=1), **EXACT)
@@ -243,7 +243,7 @@ def test_probabilities_equal_sklearn(case, bins):
 def test_wrong_and_certain_over_many_labels_does_not_overflow():
     # 300,000 terms of 36 nats: 2**63 units of 2**-40 hold 232,000 of them
     L = 300_000
-    sums = probability_sums(np.ones((1, L)), [0, 0], [])
+    sums = probability_sums(np.ones((1, L)), [0, 0], [])[0]
     assert_allclose(from_fixed(sums["log_loss"]) / L, -np.log(np.finfo(float).eps), rtol=1e-12)
     assert from_fixed(sums["brier"]) == from_fixed(sums["bin_probability"].sum()) == L
 
@@ -251,7 +251,7 @@ def test_wrong_and_certain_over_many_labels_does_not_overflow():
 @pytest.mark.parametrize("bad", [np.nan, -0.1, 1.1])
 def test_what_is_no_probability_is_refused(bad):
     with pytest.raises(ValueError, match=r"expected 0\.\.1"):
-        probability_sums(np.array([[0.5, bad]]), [0, 0], [])
+        probability_sums(np.array([[0.5, bad]]), [0, 0], [])[0]
 
 
 @given(scores_and_gold(), st.randoms(use_true_random=False))
