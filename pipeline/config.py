@@ -229,6 +229,12 @@ class EvaluateConfig(Section):
     if_undefined: Literal[0, 1] = Field(0, description="value of 0/0 in precision, recall, F1 and Jaccard")
     propensity_a: float = Field(0.55, ge=0, description="A of the propensity model (Jain et al. 2016)")
     propensity_b: float = Field(1.5, ge=0, description="B of the propensity model (Jain et al. 2016)")
+    bootstrap: int = Field(1_000, ge=0, le=100_000, description="resamples of the test documents; 0: no intervals")
+    confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="of the resamples")
+    keep_scores: float = Field(
+        2.0, ge=0, description="GB that scores of the test fold may take, so that other thresholds need no scoring"
+    )
 
 
 class TagConfig(Section):
@@ -291,8 +297,8 @@ class Config(Section):
 # sections that say where work runs and is reported: they may change between a run and its resumption
 VOLATILE = ("spark", "mlflow", "tag")
 
-# settings that may stop a run and change no result
-LIMITS = ("ingest.max_rejected", "ingest.max_labels", "train.max_failed", "train.budget")
+# settings that change no result; most of them may stop a run
+LIMITS = ("ingest.max_rejected", "ingest.max_labels", "train.max_failed", "train.budget", "evaluate.keep_scores")
 
 Origins = dict[str, str]  # "train.C" -> where its value came from
 

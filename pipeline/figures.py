@@ -19,11 +19,11 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
 from pipeline.errors import shown
+from pipeline.kernels.counts import support_groups
 
 FONT = "DejaVu Sans"  # comes with matplotlib, so every machine draws the same
 DENSE = 2_000  # labels; above it points would hide one another, and hexagons count them
 NONE = 0.5  # where a support of 0 stands on a log axis
-HEAD, TORSO = 0.5, 0.9  # shares of all training positives that head, and head with torso, hold
 
 
 class Palette(NamedTuple):
@@ -133,8 +133,7 @@ def reliability(bins: list[dict], dark: bool = False) -> bytes:
 def support_curve(label_counts: pa.Table, dark: bool = False) -> bytes:
     """Labels by training support, cut into head, torso and tail, with macro F1 of each group.
 
-    The head is the most frequent labels that hold half of all training positives, the torso the next that bring it to
-    90 %, the tail the rest.  Macro F1 is over the labels with positives in the test fold.
+    Groups as in `support_groups`.  Macro F1 is over the labels with positives in the test fold.
     """
     train = _column(label_counts, "train_support").astype(np.int64)
     order = np.argsort(-train, kind="stable")
@@ -144,10 +143,9 @@ def support_curve(label_counts: pa.Table, dark: bool = False) -> bytes:
         if train.sum() == 0:
             return _empty(figure, figure.subplots(), "no label has a training document")
         curve, bars = figure.subplots(1, 2, width_ratios=(1.35, 1))
-        held = np.cumsum(train)
-        ends = [int(np.searchsorted(held, part * held[-1])) + 1 for part in (HEAD, TORSO)]
-        edges = [0, *ends, train.size]
-        names, tints = ("head", "torso", "tail"), (colours.blue, colours.green, colours.orange)
+        groups = support_groups(train)
+        edges = [0, *np.cumsum([labels.size for labels in groups.values()])]
+        names, tints = tuple(groups), (colours.blue, colours.green, colours.orange)
 
         rank = np.arange(1, train.size + 1)
         left, right = _log_axis(curve, "x", rank)

@@ -44,7 +44,7 @@ FIT = (
             "thresholds",
             "rules.json",
         ),
-        ("label_counts", "metrics.json", "report.html"),
+        ("label_counts", "test_documents", "confusions", "metrics.json", "report.html"),
         "count true and false tags on the test fold",
     ),
     Stage(

@@ -185,8 +185,32 @@ TABLES = {
             f1=_real,
             average_precision=_real,
             roc_auc=_real,
+            ece=_real,
             threshold=_real,
             status=_text,
+        ),
+        _table(
+            "test_documents",
+            "Test documents: gold and tags as label ids, ascending, and what each document adds to the aggregate "
+            "metrics (the names are in pipeline.kernels.bootstrap.MEASURES).",
+            ("row",),
+            row=_long,
+            doc_id=_text,
+            gold=pa.list_(_int),
+            tags=pa.list_(_int),
+            measures=pa.list_(_real),
+        ),
+        _table(
+            "confusions",
+            "Which label is tagged instead of which: test documents that miss `label` and wrongly carry `instead`, and "
+            "how many there would be if the two errors were independent.",
+            ("label_id", "instead_id"),
+            label_id=_int,
+            label=_text,
+            instead_id=_int,
+            instead=_text,
+            documents=_long,
+            expected=_real,
         ),
         _table(
             "tags",

@@ -7,7 +7,7 @@ same ones, and what makes a document hard for both cancels in the difference.
 R replicates, U units (groups of documents that are drawn together), M columns of sums, K metrics.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from pipeline.kernels.counts import checked_gold, precision_recall_f1, set_value
 from pipeline.kernels.lanes import uniform
 
 ECE_BINS = 15
-UNITS = 10_000  # units at most
+UNITS, CELLS = 10_000, 20_000_000  # units at most, and where labels are many: units x labels
 CHUNK = 128  # replicates at once: accumulators of a label stay in the first-level cache
 LABELS_AT_ONCE = 256  # whose F1 in every replicate is held
 
@@ -80,6 +80,24 @@ class Units(NamedTuple):
     fn: NDArray[np.int32]
 
 
+class Documents(NamedTuple):
+    """Some documents in the order of `row`: gold and tags as in a CSR matrix, label ids ascending in a document.
+
+    measures: (m, len(MEASURES)) float64.
+    """
+
+    gold_indptr: ArrayLike
+    gold_labels: ArrayLike
+    tag_indptr: ArrayLike
+    tag_labels: ArrayLike
+    measures: ArrayLike
+
+
+def most_units(n_labels: int) -> int:
+    """Units at most: 10,000, and fewer above 2,000 labels, since a unit may have a cell of each; at least 1,000."""
+    return int(np.clip(CELLS // max(n_labels, 1), 1_000, UNITS))
+
+
 def units_of(
     gold_indptr: ArrayLike,
     gold_labels: ArrayLike,
@@ -88,51 +106,74 @@ def units_of(
     measures: ArrayLike,
     n_labels: int,
     if_undefined: float = 0.0,
-    most: int = UNITS,
+    most: int = 0,
 ) -> Units:
-    """Units of n documents in the order of `row`: document i belongs to unit i modulo min(n, most).
+    """Units of n documents at once: see `units_of_parts`."""
+    documents = Documents(gold_indptr, gold_labels, tag_indptr, tag_labels, measures)
+    return units_of_parts([documents], len(gold_indptr) - 1, n_labels, if_undefined, most)
+
+
+def units_of_parts(
+    parts: Iterable[Documents], n: int, n_labels: int, if_undefined: float = 0.0, most: int = 0
+) -> Units:
+    """Units of n documents that come in parts, in the order of `row`: document i belongs to unit i modulo min(n, most).
 
     Rows are ordered by a hash, so documents are exchangeable and a unit is a random group of them.  Sums over random
     groups have the variance of sums over documents (random groups: Wolter, Introduction to Variance Estimation, 2007,
-    chapter 2); what groups lose is degrees of freedom, and 10,000 are plenty.  Memory and time stop growing with n.
+    chapter 2); what groups lose is degrees of freedom, and 1,000 are plenty.  Memory and time stop growing with n: a
+    part, `most` x len(SUMS) sums, and a cell for each (unit, label) with gold or a tag.
 
-    gold, tags: as in a CSR matrix, label ids ascending in a document.  measures: (n, len(MEASURES)).
-    F1 and Jaccard of a document with neither gold nor tags are 0/0 = `if_undefined`.
+    F1 and Jaccard of a document with neither gold nor tags are 0/0 = `if_undefined`.  most: 0 for `most_units`.
     """
-    n = len(gold_indptr) - 1
-    if n < 1 or len(tag_indptr) != n + 1:
-        raise ValueError(f"gold of {n} documents, tags of {len(tag_indptr) - 1}; expected the same number, at least 1")
-    gold_indptr, gold_labels = checked_gold(gold_indptr, gold_labels, n, n_labels)
-    tag_indptr, tag_labels = checked_gold(tag_indptr, tag_labels, n, n_labels)
-    measures = np.asarray(measures, np.float64)
+    if n < 1:
+        raise ValueError(f"{n} documents; expected at least 1")
+    count = min(n, most or most_units(n_labels))
+    sums = np.zeros((count, len(SUMS)))
+    cells, counted = np.empty(0, np.int64), np.empty((3, 0), np.int64)
+    first = 0
+    for part in parts:
+        values, key, kinds = _documents(part, first, count, n_labels, if_undefined)
+        for at in range(0, len(values), count):  # a round of the units at a time: np.add.at takes ten times as long
+            piece = values[at : at + count]
+            place = (first + at + np.arange(len(piece))) % count
+            sums[place] += piece
+        cells, place = np.unique(np.concatenate([cells, key]), return_inverse=True)
+        known = counted.shape[1]
+        more = [np.bincount(place[known:][kinds == kind], minlength=cells.size) for kind in range(3)]
+        of_before = [np.bincount(place[:known], c, cells.size).astype(np.int64) for c in counted]
+        counted = np.array(more) + np.array(of_before)
+        first += len(values)
+    if first != n:
+        raise ValueError(f"the parts hold {first} documents; expected {n}")
+    return Units(
+        np.bincount(np.arange(n) % count, minlength=count),
+        sums,
+        np.searchsorted(cells, np.arange(n_labels + 1) * count).astype(np.int64),
+        (cells % count).astype(np.int32),
+        *counted.astype(np.int32),
+    )
+
+
+def _documents(part, first, count, n_labels, if_undefined):
+    """Sums of each document, (m, len(SUMS)); the cells of its gold and tags, and whether each is TP, FP or FN."""
+    n = len(part.gold_indptr) - 1
+    if len(part.tag_indptr) != n + 1:
+        raise ValueError(f"gold of {n} documents, tags of {len(part.tag_indptr) - 1}; expected the same number")
+    gold_indptr, gold_labels = checked_gold(part.gold_indptr, part.gold_labels, n, n_labels)
+    tag_indptr, tag_labels = checked_gold(part.tag_indptr, part.tag_labels, n, n_labels)
+    measures = np.asarray(part.measures, np.float64)
     if measures.shape != (n, len(MEASURES)) or not np.isfinite(measures).all():
         raise ValueError(f"measures are {measures.shape}; expected finite ({n}, {len(MEASURES)}), columns MEASURES")
-    count = min(n, most)
     gold_row, tag_row = (np.repeat(np.arange(n), np.diff(p)) for p in (gold_indptr, tag_indptr))
     # a pair as one number, ascending: a tag is a hit where gold has the same number
     pairs, said = gold_row * n_labels + gold_labels, tag_row * n_labels + tag_labels
     missed, right = ~np.isin(pairs, said, assume_unique=True), np.isin(said, pairs, assume_unique=True)
     hits = np.bincount(tag_row[right], minlength=n)
     sets = set_values(hits, np.diff(tag_indptr), np.diff(gold_indptr), if_undefined)
-    of_document = np.arange(n) % count
-    per_document = np.column_stack([measures, *(sets[name] for name in SETS)])
-    sums = np.zeros((count, per_document.shape[1]))
-    for start in range(0, n, count):  # a round of the units at a time: np.add.at takes ten times as long
-        part = per_document[start : start + count]
-        sums[: len(part)] += part
-
     labels = np.concatenate([tag_labels, gold_labels[missed]])
-    units = of_document[np.concatenate([tag_row, gold_row[missed]])]
-    cells, place = np.unique(labels * count + units, return_inverse=True)
+    units = (first + np.concatenate([tag_row, gold_row[missed]])) % count
     kinds = np.concatenate([np.where(right, 0, 1), np.full(int(missed.sum()), 2)])
-    tp, fp, fn = (np.bincount(place[kinds == kind], minlength=cells.size).astype(np.int32) for kind in range(3))
-    return Units(
-        np.bincount(of_document, minlength=count),
-        sums,
-        np.searchsorted(cells, np.arange(n_labels + 1) * count).astype(np.int64),
-        (cells % count).astype(np.int32),
-        *(tp, fp, fn),
-    )
+    return np.column_stack([measures, *(sets[name] for name in SETS)]), labels * count + units, kinds
 
 
 @njit(cache=True, nogil=True)

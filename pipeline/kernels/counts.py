@@ -171,3 +171,19 @@ def label_metrics(tp: ArrayLike, fp: ArrayLike, fn: ArrayLike, if_undefined: flo
         "macro_f1_all": macro(f1, None, if_undefined),
         "weighted_f1": weighted(f1, support, if_undefined),
     }
+
+
+HEAD, TORSO = 0.5, 0.9  # shares of all training positives that head, and head with torso, hold
+
+
+def support_groups(train_support: ArrayLike) -> dict[str, Counts]:
+    """Label ids of head, torso and tail, each by descending support, then by label id.
+
+    The head is the most frequent labels that hold half of all training positives, the torso the next that bring it to
+    90 %, the tail the rest.  Without any positive all labels are tail.
+    """
+    support = np.asarray(train_support, dtype=np.int64)
+    order = np.argsort(-support, kind="stable")
+    held = np.cumsum(support[order])
+    ends = [int(np.searchsorted(held, part * held[-1])) + 1 if held.size and held[-1] else 0 for part in (HEAD, TORSO)]
+    return dict(zip(("head", "torso", "tail"), np.split(order, ends), strict=True))

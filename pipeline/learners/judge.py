@@ -1,4 +1,4 @@
-"""Scored test documents -> sums that add over documents, and gold scores that cut the curves."""
+"""Scored test documents -> sums that add, gold scores that cut the curves, and what each document adds."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,55 +9,137 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.kernels import calibration, counts, exact, hierarchy, ranking
+from pipeline.kernels import bootstrap, calibration, counts, exact, hierarchy, influence, ranking
+from pipeline.kernels.influence import Steps
+from pipeline.kernels.ranking import Cuts
 from pipeline.learners.label_rules import merged_gold
 from pipeline.learners.matrix import gold_pairs
 from pipeline.learners.tagger import SCORES_AT_ONCE, Decisions, Weights, tag_lists
+from pipeline.tables import TABLES
+
+
+class Part(NamedTuple):
+    """The files of one part of the document tables."""
+
+    features: Path
+    folds: Path
+    documents: Path
 
 
 class Chunk(NamedTuple):
-    """Some test documents: CSR features, and gold as in a CSR matrix with label ids ascending in a row."""
+    """Some test documents: scores, and gold as in a CSR matrix with label ids ascending in a row."""
 
-    indptr: np.ndarray
-    indices: np.ndarray
-    values: np.ndarray
+    scores: np.ndarray  # (m, L) float32
     gold_indptr: np.ndarray
     gold_labels: np.ndarray
+    row: pa.Array  # int64
+    doc_id: pa.Array
 
 
-def chunks(features: Path, folds: Path, documents: Path, labels: list[str], test: int) -> Iterator[Chunk]:
-    """The test documents of one part, as many at once as a dense block of scores allows."""
-    fold = pq.read_table(folds, columns=["fold"])["fold"].to_numpy()
-    rows = np.flatnonzero(fold == test)
-    if rows.size == 0:
-        return
+class Curves(NamedTuple):
+    """Curves of the whole test fold: their cuts, and what a pair adds to the mean of the curves."""
+
+    label: Cuts
+    pooled: Cuts
+    average_precision: Steps
+    pooled_average_precision: Steps
+    roc_auc: Steps
+
+
+def rows_of_fold(folds: Path, fold: int) -> np.ndarray:
+    """Places of the documents of a fold in their part."""
+    return np.flatnonzero(pq.read_table(folds, columns=["fold"])["fold"].to_numpy() == fold)
+
+
+def scored(features: Path, rows: np.ndarray, weights: Weights) -> Iterator[np.ndarray]:
+    """Scores of some rows of a part, as many at once as a dense block may hold."""
     table = pq.read_table(features).take(rows)
-    gold = pq.read_table(documents, columns=["row", "labels"]).take(rows)
-    at_once = max(1, SCORES_AT_ONCE // max(1, len(labels)))
+    at_once = _rows_at_once(weights.bias.size)
     for start in range(0, rows.size, at_once):
         part = table.slice(start, at_once).combine_chunks()
+        yield weights.score(
+            _indptr(pc.list_value_length(part["indices"]).to_numpy()),
+            pc.list_flatten(part["indices"]).to_numpy(),
+            pc.list_flatten(part["values"]).to_numpy(),
+        )
+
+
+def chunks(part: Part, labels: list[str], test: int, weights: Weights, kept: np.ndarray | None) -> Iterator[Chunk]:
+    """The test documents of one part.  kept: their scores where they are known, (rows, L) float32."""
+    rows = rows_of_fold(part.folds, test)
+    if rows.size == 0:
+        return
+    gold = pq.read_table(part.documents, columns=["row", "doc_id", "labels"]).take(rows)
+    at_once = _rows_at_once(len(labels))
+    if kept is None:
+        scores = scored(part.features, rows, weights)
+    else:
+        scores = (kept[start : start + at_once] for start in range(0, rows.size, at_once))
+    for start, S in zip(range(0, rows.size, at_once), scores, strict=True):
         named = gold.slice(start, at_once).combine_chunks()
         row, label_id = gold_pairs(named, labels)
         place = np.searchsorted(named["row"].to_numpy(), row)
         order = np.lexsort((label_id, place))
-        yield Chunk(
-            _indptr(pc.list_value_length(part["indices"]).to_numpy()),
-            pc.list_flatten(part["indices"]).to_numpy(),
-            pc.list_flatten(part["values"]).to_numpy(),
-            _indptr(np.bincount(place, minlength=part.num_rows)),
-            label_id[order],
-        )
+        indptr = _indptr(np.bincount(place, minlength=named.num_rows))
+        yield Chunk(S, indptr, label_id[order], _array(named["row"]), _array(named["doc_id"]))
 
 
-def judge(chunk: Chunk, weights: Weights, decisions: Decisions, inverse_propensity, if_undefined: float, closure=None):
-    """Sums of one chunk, and the (label, calibrated log-odds) of its gold pairs.
+def _array(column):
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _rows_at_once(n_labels):
+    return max(1, SCORES_AT_ONCE // max(1, n_labels))
+
+
+def gold_scores(chunk: Chunk, decisions: Decisions) -> tuple[np.ndarray, np.ndarray]:
+    """Label and calibrated log-odds of the gold pairs of a chunk, which `ranking.positive_cuts` takes."""
+    Z, *gold = _log_odds(chunk, decisions)
+    return ranking.positive_scores(Z, *gold)
+
+
+def count_negatives(chunk: Chunk, decisions: Decisions, label_cuts: Cuts, pooled_cuts: Cuts) -> dict:
+    """Negatives of one chunk between the cuts of the curves, by label and pooled."""
+    Z, *gold = _log_odds(chunk, decisions)
+    sums: dict[str, np.ndarray] = {}
+    for prefix, cuts in (("", label_cuts), ("pooled_", pooled_cuts)):
+        between, equal = ranking.no_negatives(cuts)
+        ranking.count_negatives(Z, *gold, cuts, between, equal)
+        sums |= {f"{prefix}between": between, f"{prefix}equal": equal}
+    return sums
+
+
+def curves(cuts: Cuts, pooled: Cuts, sums: dict, n: int) -> Curves:
+    """The curves of the fold of n documents from the added sums of `count_negatives`."""
+    label, all_labels = ((sums[f"{p}between"], sums[f"{p}equal"]) for p in ("", "pooled_"))
+    return Curves(
+        cuts,
+        pooled,
+        influence.average_precision_steps(cuts, *label, n),
+        influence.average_precision_steps(pooled, *all_labels, n),
+        influence.roc_auc_steps(cuts, *label, n),
+    )
+
+
+def judge(
+    chunk: Chunk,
+    decisions: Decisions,
+    fold: Curves,
+    inverse_propensity: np.ndarray,
+    if_undefined: float,
+    closure=None,
+) -> tuple[dict, pa.Table]:
+    """Sums of one chunk, and its rows of the table `test_documents`.
 
     closure: ancestors of each label as `hierarchy_closure` gives them; None: no hierarchical sums.
     """
-    S, Z, gold_indptr, gold_labels = _judged(chunk, weights, decisions)
+    S = chunk.scores
+    Z, gold_indptr, gold_labels = _log_odds(chunk, decisions)
     gold = gold_indptr, gold_labels
     tagged, changes = decisions.tagged(S, Z)
     tp, fp, fn = counts.confusion(tagged, *gold)
+    rows, ids = np.nonzero(tagged)
+    tags = np.searchsorted(rows, np.arange(S.shape[0] + 1)), ids
     extra: dict = {}
     if decisions.rules is not None:
         before = counts.confusion(decisions.threshold <= S, *gold)
@@ -65,9 +147,10 @@ def judge(chunk: Chunk, weights: Weights, decisions: Decisions, inverse_propensi
         for kind, (added, removed) in changes.items():
             extra |= {f"{kind}_added": added, f"{kind}_removed": removed}
     if closure is not None:
-        rows, ids = np.nonzero(tagged)
-        sizes = hierarchy.hierarchical_sums(np.searchsorted(rows, np.arange(S.shape[0] + 1)), ids, *gold, *closure)
+        sizes = hierarchy.hierarchical_sums(*tags, *gold, *closure)
         extra |= {f"hierarchical_{name}": int(s.sum()) for name, s in zip(("hits", "tags", "gold"), sizes, strict=True)}
+    places = ranking.ranking_values(Z, *gold, inverse_propensity)
+    probabilities, of_documents = ranking.probability_sums(calibration.probability(Z), *gold, bootstrap.ECE_BINS)
     sums = {
         **extra,
         "documents": S.shape[0],
@@ -75,32 +158,38 @@ def judge(chunk: Chunk, weights: Weights, decisions: Decisions, inverse_propensi
         "fp": fp,
         "fn": fn,
         **counts.set_sums(tagged, *gold, if_undefined),
-        **ranking.ranking_sums(Z, *gold, inverse_propensity),
-        **ranking.probability_sums(calibration.probability(Z), *gold),
+        **{name: exact.exact_sum(exact.to_fixed(values)) for name, values in places.items()},
+        **probabilities,
     }
-    return sums, ranking.positive_scores(Z, *gold)
+    values = places | {f"ece_{b}": of_documents[:, b] for b in range(bootstrap.ECE_BINS)}
+    values |= {"brier": of_documents[:, -2], "log_loss": of_documents[:, -1]}
+    values["average_precision_macro"] = influence.of_documents(Z, *gold, fold.label, fold.average_precision)
+    values["average_precision_micro"] = influence.of_documents(Z, *gold, fold.pooled, fold.pooled_average_precision)
+    values["roc_auc_macro"] = influence.of_documents(Z, *gold, fold.label, fold.roc_auc)
+    return sums, _document_rows(chunk, gold, tags, np.column_stack([values[name] for name in bootstrap.MEASURES]))
 
 
-def count_negatives(chunk: Chunk, weights: Weights, decisions: Decisions, label_cuts, pooled_cuts) -> dict:
-    """Negatives of one chunk between the cuts of the curves, by label and pooled."""
-    _, Z, gold_indptr, gold_labels = _judged(chunk, weights, decisions)
-    sums: dict[str, np.ndarray] = {}
-    for prefix, cuts in (("", label_cuts), ("pooled_", pooled_cuts)):
-        between, equal = ranking.no_negatives(cuts)
-        ranking.count_negatives(Z, gold_indptr, gold_labels, cuts, between, equal)
-        sums |= {f"{prefix}between": between, f"{prefix}equal": equal}
-    return sums
+def _document_rows(chunk, gold, tags, measures):
+    width = np.arange(len(measures) + 1) * measures.shape[1]
+    lists = [
+        pa.ListArray.from_arrays(pa.array(indptr, pa.int32()), pa.array(values))
+        for indptr, values in (
+            (gold[0], gold[1].astype(np.int32)),
+            (tags[0], tags[1].astype(np.int32)),
+            (width, measures.ravel()),
+        )
+    ]
+    return pa.table([chunk.row, chunk.doc_id, *lists], schema=TABLES["test_documents"].schema)
 
 
-def _judged(chunk, weights, decisions):
-    """Scores, log-odds and gold, where labels that are one (synonyms) are one."""
-    S = weights.score(*chunk[:3])
-    Z = decisions.log_odds(S)
+def _log_odds(chunk, decisions):
+    """Log-odds and gold, where labels that are one (synonyms) are one."""
+    Z = decisions.log_odds(chunk.scores)
     rules = decisions.rules
     if rules is not None and rules.old.size:
         np.maximum.at(Z.T, rules.same[rules.old], Z[:, rules.old].T)
         Z[:, rules.old] = -np.inf
-    return S, Z, *merged_gold(rules, chunk.gold_indptr, chunk.gold_labels)
+    return Z, *merged_gold(rules, chunk.gold_indptr, chunk.gold_labels)
 
 
 def added(parts: list[dict]) -> dict:
@@ -123,6 +212,7 @@ def label_table(
     precision, recall, f1 = counts.precision_recall_f1(tp, fp, fn, np.nan)
     ap = ranking.average_precision_from_counts(cuts, curve_sums["between"], curve_sums["equal"])
     auc = ranking.roc_auc_from_counts(cuts, curve_sums["between"], curve_sums["equal"])
+    ece = ranking.label_calibration_error(sums["gaps_of_labels"], sums["documents"])
     columns = {
         "label_id": np.arange(len(names), dtype=np.int32),
         "label": names,
@@ -141,26 +231,21 @@ def label_table(
                 ("roc_auc", auc),
             )
         },
+        "ece": ece,
         "threshold": thresholds["threshold"],
         "status": status,
     }
     return pa.table(columns)
 
 
-def examples(features, folds, documents, labels, test, weights, decisions, most, characters) -> list[dict]:
+def examples(part: Part, labels, test, weights, decisions, most, characters) -> list[dict]:
     """The first `most` test documents of a part: doc_id, text (cut), gold labels, tags with probability."""
-    fold = pq.read_table(folds, columns=["fold"])["fold"].to_numpy()
-    rows = np.flatnonzero(fold == test)[:most]
+    rows = rows_of_fold(part.folds, test)[:most]
     if rows.size == 0:
         return []
-    part = pq.read_table(features).take(rows).combine_chunks()
-    S = weights.score(
-        _indptr(pc.list_value_length(part["indices"]).to_numpy()),
-        pc.list_flatten(part["indices"]).to_numpy(),
-        pc.list_flatten(part["values"]).to_numpy(),
-    )
+    S = np.concatenate(list(scored(part.features, rows, weights)))
     tags = tag_lists(S, decisions, labels).to_pylist()
-    shown = pq.read_table(documents, columns=["doc_id", "text", "labels"]).take(rows).to_pylist()
+    shown = pq.read_table(part.documents, columns=["doc_id", "text", "labels"]).take(rows).to_pylist()
     return [
         {
             "doc_id": document["doc_id"],

@@ -1,10 +1,11 @@
 """Evaluate.
 
     features[test], label_models (as weights), thresholds, rules.json, documents (labels)
-        ->  label_counts, metrics.json, report.html
+        ->  label_counts, test_documents, confusions, metrics.json, report.html
 
-Each task returns integers that add; Spark adds them and ratios are taken once, here.  Curves take two passes: the first
-learns the scores of the gold pairs, the second counts the negatives between them.
+Each task returns integers that add; Spark adds them and ratios are taken once, here.  Three passes over the test fold:
+the scores of the gold pairs, which cut the curves; the negatives between the cuts; and all that is counted by document.
+Only the first computes scores, where there is room to keep them (`scores`).
 """
 
 import functools
@@ -12,14 +13,17 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline.config import VOLATILE, flat
 from pipeline.errors import DataError
-from pipeline.kernels import counts, ranking
+from pipeline.kernels import bootstrap, counts, ranking
 from pipeline.kernels.hierarchy import KINDS, hierarchical_metrics
-from pipeline.learners import judge
+from pipeline.learners import confusions, judge
 from pipeline.learners.label_rules import compiled, hierarchy_closure
 from pipeline.learners.tagger import Decisions, Weights
+from pipeline.stages import scores
 from pipeline.stages.parts import Outcome, rules_of, run_tasks
 from pipeline.stages.split import TEST
 from pipeline.store import Run, entry, replacing, write_bytes, write_part
@@ -37,6 +41,8 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
     )
     rules = rules_of(run)
     closure = hierarchy_closure(rules, names) if rules else None
+    undefined = float(cfg.evaluate.if_undefined)
+    folder = scores.folder_of(run, documents["test"], len(names), cfg.evaluate.keep_scores)
     shared = spark.sparkContext.broadcast(
         {
             "labels": names,
@@ -45,35 +51,41 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
             "rules": compiled(rules, names) if rules else None,
             "closure": closure,
             "propensity": propensity,
-            "if_undefined": float(cfg.evaluate.if_undefined),
+            "if_undefined": undefined,
+            "scores": folder,
+            "attempt": attempt,
         }
     )
-    parts = [
-        tuple(map(str, paths))
-        for paths in zip(*(run.files(t) for t in ("features", "folds", "documents")), strict=True)
-    ]
-    first = run_tasks(spark, "evaluate: score and count", functools.partial(_judge_part, shared), parts)
-    sums = judge.added([s for s, _, _ in first if s])
-    gold_labels, gold_scores = (np.concatenate([pair[k] for _, pair, _ in first]) for k in (0, 1))
+    files = zip(*(run.files(t) for t in ("features", "folds", "documents")), strict=True)
+    parts = [(number, judge.Part(*paths)) for number, paths in enumerate(files)]
+
+    def everywhere(what, function, *more):
+        return run_tasks(spark, f"evaluate: {what}", functools.partial(function, shared, *more), parts)
+
+    gold = everywhere("score", _gold_of_part)
+    gold_labels, gold_scores = (np.concatenate([pair[k] for pair in gold]) for k in (0, 1))
     cuts = ranking.positive_cuts(gold_labels, gold_scores, len(names))
     pooled = ranking.positive_cuts(gold_labels, gold_scores, len(names), pooled=True)
-    curves = spark.sparkContext.broadcast((cuts, pooled))
-    second = run_tasks(spark, "evaluate: count negatives", functools.partial(_negatives_of_part, shared, curves), parts)
-    curve_sums = judge.added([s for s in second if s])
+    negatives = everywhere("count negatives", _negatives_of_part, spark.sparkContext.broadcast((cuts, pooled)))
+    curve_sums = judge.added([s for s in negatives if s])
+    fold = judge.curves(cuts, pooled, curve_sums, documents["test"])
+    judged = everywhere("judge documents", _judge_part, spark.sparkContext.broadcast(fold))
+    sums = judge.added([s for s, _, _ in judged if s])
 
     n = sums["documents"]
-    undefined = float(cfg.evaluate.if_undefined)
     metrics = ranking.metrics({**sums, **curve_sums}, n, len(names), cuts, pooled, if_undefined=undefined)
     if closure is not None:
-        hits, said, gold = (sums[f"hierarchical_{name}"] for name in ("hits", "tags", "gold"))
-        metrics |= hierarchical_metrics(hits, said, gold, undefined)
+        hits, said, known = (sums[f"hierarchical_{name}"] for name in ("hits", "tags", "gold"))
+        metrics |= hierarchical_metrics(hits, said, known, undefined)
     changed = rule_changes(sums, undefined)
     status = run.read("label_models", ["label_id", "status"]).sort_by("label_id")["status"].to_pylist()
-    thresholds = run.read("thresholds")
-    table = judge.label_table(support, sums, cuts, curve_sums, names, thresholds, status, undefined)
+    table = judge.label_table(support, sums, cuts, curve_sums, names, run.read("thresholds"), status, undefined)
+    items = [item for _, item, _ in judged]
+    paths = [attempt / item["file"] for item in items]
     card = {
         "metrics": metrics,
-        "intervals": {},
+        "intervals": intervals(paths, n, len(names), metrics, cfg.evaluate),
+        "groups": support_groups(table, undefined),
         "conventions": conventions(cfg),
         "counts": {
             "documents": n,
@@ -89,7 +101,8 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
     if changed:
         card["rules"] = changed
     write_bytes(attempt / "metrics.json", (json.dumps(card, indent=1) + "\n").encode())
-    examples = [example for _, _, part in first for example in part][:5]
+    instead = confused(paths, names, sums["fp"], sums["fn"], n)
+    examples = [example for _, _, part in judged for example in part][:EXAMPLES]
     from pipeline.report import render  # plots are slow to import, and the workers that load this module draw none
 
     page = render(
@@ -102,10 +115,13 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
         examples=examples,
         facts=corpus_facts(run),
         rules=changed,
+        confusions=instead,
     )
     write_bytes(attempt / "report.html", page.encode())
     tables = {
         "label_counts": [write_part(attempt, "label_counts", table, 0)],
+        "test_documents": items,
+        "confusions": [write_part(attempt, "confusions", instead, 0)],
         "metrics.json": [entry(attempt / "metrics.json", attempt, 1)],
         "report.html": [entry(attempt / "report.html", attempt, 1)],
     }
@@ -113,6 +129,57 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
         tables,
         {"metrics": metrics, "counts": card["counts"], "examples": examples, "reliability": reliability_bins(sums)},
     )
+
+
+def intervals(paths: list[Path], n: int, n_labels: int, point: dict, cfg) -> dict[str, list[float]]:
+    """{metric: [low, high]} from the parts of `test_documents`; empty where evaluate.bootstrap is 0.
+
+    Parts are read one at a time; what stays in memory are sums of groups of documents (`bootstrap.units_of`).
+    """
+    if cfg.bootstrap == 0:
+        return {}
+    units = bootstrap.units_of_parts(map(document_lists, paths), n, n_labels, float(cfg.if_undefined))
+    found = bootstrap.metric_intervals(
+        units, n_labels, point, cfg.bootstrap, cfg.confidence, cfg.seed, float(cfg.if_undefined)
+    )
+    return {name: list(ends) for name, ends in found.items()}
+
+
+def document_lists(path: Path) -> bootstrap.Documents:
+    """Gold, tags and measures of a part of `test_documents`."""
+    part = pq.read_table(path, columns=["gold", "tags", "measures"]).combine_chunks()
+    gold, tags = (
+        (np.concatenate([[0], np.cumsum(pc.list_value_length(part[name]).to_numpy())]), _flat(part[name]))
+        for name in ("gold", "tags")
+    )
+    return bootstrap.Documents(*gold, *tags, _flat(part["measures"]).reshape(-1, len(bootstrap.MEASURES)))
+
+
+def _flat(column):
+    return pc.list_flatten(column).to_numpy()
+
+
+def support_groups(label_counts, if_undefined: float) -> dict[str, dict]:
+    """Micro and macro metrics of head, torso and tail labels, and the training supports that bound each group."""
+    columns = {name: label_counts[name].to_numpy() for name in ("tp", "fp", "fn", "support", "train_support")}
+    found = {}
+    for group, labels in counts.support_groups(columns["train_support"]).items():
+        tp, fp, fn, support, train = (values[labels] for values in columns.values())
+        found[group] = {
+            "labels": labels.size,
+            "labels_with_positives": int((support > 0).sum()),
+            "train_support": [int(train.min()), int(train.max())] if labels.size else [0, 0],
+            "support": int(support.sum()),
+            **(counts.label_metrics(tp, fp, fn, if_undefined) if labels.size else {}),
+        }
+    return found
+
+
+def confused(paths: list[Path], names: list[str], fp, fn, n: int):
+    """The table `confusions`, from the parts of `test_documents`."""
+    parts = (pq.read_table(path, columns=["gold", "tags"]) for path in paths)
+    pairs = functools.reduce(confusions.added, (confusions.error_pairs(part, len(names)) for part in parts))
+    return confusions.table(pairs, names, fp, fn, n)
 
 
 def rule_changes(sums: dict, if_undefined: float) -> dict:
@@ -211,32 +278,45 @@ EXAMPLES = 5
 EXAMPLE_CHARACTERS = 600
 
 
-def _judge_part(shared, paths):
+def _loaded(shared):
+    """Weights and decisions, in a task."""
     s = shared.value
-    weights, decisions = _weights(s["weights"]), Decisions.from_table(s["thresholds"], s["rules"])
-    sums, scored = [], []
-    for chunk in judge.chunks(*map(Path, paths), s["labels"], TEST):
-        part, pairs = judge.judge(chunk, weights, decisions, s["propensity"], s["if_undefined"], s["closure"])
-        sums.append(part)
-        scored.append(pairs)
-    labels, scores = (
-        np.concatenate([np.empty(0, dtype), *(pair[k] for pair in scored)])
+    return s, _weights(s["weights"]), Decisions.from_table(s["thresholds"], s["rules"])
+
+
+def _gold_of_part(shared, numbered):
+    s, weights, decisions = _loaded(shared)
+    number, part = numbered
+    kept = scores.kept(s["scores"], number, part, TEST, weights)
+    found = [judge.gold_scores(chunk, decisions) for chunk in judge.chunks(part, s["labels"], TEST, weights, kept)]
+    return tuple(
+        np.concatenate([np.empty(0, dtype), *(pair[k] for pair in found)])
         for k, dtype in ((0, np.int64), (1, np.float64))
     )
-    return judge.added(sums), (labels, scores), _examples(paths, s, weights, decisions)
 
 
-def _negatives_of_part(shared, curves, paths):
-    s = shared.value
-    weights, decisions = _weights(s["weights"]), Decisions.from_table(s["thresholds"], s["rules"])
-    return judge.added(
-        [
-            judge.count_negatives(chunk, weights, decisions, *curves.value)
-            for chunk in judge.chunks(*map(Path, paths), s["labels"], TEST)
-        ]
-    )
+def _chunks_again(s, weights, numbered):
+    number, part = numbered
+    return judge.chunks(part, s["labels"], TEST, weights, scores.again(s["scores"], number))
 
 
-def _examples(paths, s, weights, decisions):
-    """The first test documents of a part with their gold and their tags."""
-    return judge.examples(*map(Path, paths), s["labels"], TEST, weights, decisions, EXAMPLES, EXAMPLE_CHARACTERS)
+def _negatives_of_part(shared, cuts, numbered):
+    s, weights, decisions = _loaded(shared)
+    found = (judge.count_negatives(c, decisions, *cuts.value) for c in _chunks_again(s, weights, numbered))
+    return judge.added(list(found))
+
+
+def _judge_part(shared, fold, numbered):
+    s, weights, decisions = _loaded(shared)
+    sums: list[dict] = []
+
+    def rows():
+        for chunk in _chunks_again(s, weights, numbered):
+            part, table = judge.judge(chunk, decisions, fold.value, s["propensity"], s["if_undefined"], s["closure"])
+            sums.append(part)
+            yield table
+
+    number, part = numbered
+    item = write_part(s["attempt"], "test_documents", rows(), number)
+    shown = judge.examples(part, s["labels"], TEST, weights, decisions, EXAMPLES, EXAMPLE_CHARACTERS)
+    return judge.added(sums), item, shown
