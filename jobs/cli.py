@@ -1,4 +1,4 @@
-"""The command `tagmill`: fit, tag, calibrate, show, register, demo."""
+"""The command `tagmill`: fit, tag, calibrate, show, compare, register, demo."""
 
 import csv
 import json
@@ -176,6 +176,30 @@ def show(
             showing.label(Run(run), label, as_json)
         else:
             showing.overview(Run(run), as_json)
+
+    _guarded(command, debug)
+
+
+@app.command()
+def compare(
+    run_a: Annotated[str, typer.Argument(metavar="A", help="Run folder.")],
+    run_b: Annotated[str, typer.Argument(metavar="B", help="Run folder with the same test documents.")],
+    replicates: Annotated[
+        int, typer.Option(min=100, max=10_000, help="How often the test documents are resampled.")
+    ] = 1000,
+    confidence: Annotated[
+        float, typer.Option(min=0.5, max=0.999, help="How often an interval holds the truth.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the resampling.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts; all labels.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two runs on the same test documents: metrics and labels, B less A, with intervals."""
+
+    def command():
+        from jobs import compare as comparing
+
+        comparing.compare(Run(run_a), Run(run_b), as_json, replicates, confidence, seed)
 
     _guarded(command, debug)
 

@@ -22,6 +22,8 @@ from markupsafe import Markup, escape
 from pipeline import figures
 
 FREQUENT, LOWEST = 500, 100  # rows of the two label tables; a browser stays quick and the page below 2 MB
+PAIRS = 20  # rows of the table of errors that go together
+FREQUENT_PAIRS = [("documents", "descending"), ("expected", "ascending"), ("label_id", "ascending")]
 LABEL_CHARACTERS, TEXT_CHARACTERS = 160, 1_000
 CHIPS = 40  # labels of each kind beside an example
 LOOK_ALIKES = 20  # groups, and labels of a group
@@ -95,14 +97,16 @@ def render(
     examples: list[dict],
     facts: dict,
     rules: dict | None = None,
+    confusions: pa.Table | None = None,
 ) -> str:
     """The page.
 
-    metrics: content of metrics.json.  label_counts: the table of that name.
+    metrics: content of metrics.json; `groups` may be missing.  label_counts: the table of that name.
     reliability_bins: see `figures.reliability`.  facts: what is known of the corpus.
     stages: [{"stage", "seconds", "cpu_seconds", "peak_bytes", "rows", "summary"}].  settings: {"train.C": 10.0, ...}.
     rules: what rules between labels changed: {"before": {metric: value}, "after": ..., "changes": {kind: {"added",
         "removed"}}}.
+    confusions: the table of that name; the most frequent pairs are shown.
     examples: [{"doc_id", "text", "gold": [...], "tags": [{"label", "probability"}]}].
     """
     frequent, lowest = label_rows(label_counts)
@@ -132,6 +136,8 @@ def render(
             examples=[_judged(example) for example in examples],
             facts=facts,
             rules=rules,
+            support_groups=metrics.get("groups"),
+            instead=[] if confusions is None else confusions.sort_by(FREQUENT_PAIRS)[:PAIRS].to_pylist(),
             chips=CHIPS,
             most_alike=LOOK_ALIKES,
         )
