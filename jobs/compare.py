@@ -201,8 +201,8 @@ def _print(value):
     out = console()
     labels = value["labels"]
     grid = Grid(
-        title=f"{value['documents']:,} test documents, {value['confidence']:.4g} intervals of {value['replicates']:,} "
-        "replicates",
+        title=f"{value['documents']:,} test documents, {100 * value['confidence']:.4g} % intervals of "
+        f"{value['replicates']:,} replicates",
         title_justify="left",
         show_edge=False,
         pad_edge=False,

@@ -46,9 +46,9 @@ def console() -> Console:
 
 def metrics_table(card: dict) -> None:
     """metrics.json as a table; both denominators of macro F1 are said."""
-    counts, metrics = card["counts"], card["metrics"]
+    counts, metrics, intervals = card["counts"], card["metrics"], card.get("intervals")
     notes = {
-        "macro_f1": f"over {counts['labels_with_positives']:,} labels with a positive in test",
+        "macro_f1": f"over {counts['labels_with_positives']:,} labels with test positives",
         "macro_f1_all": f"over all {counts['labels']:,} labels",
         "micro_f1": f"tp {counts['tp']:,}, fp {counts['fp']:,}, fn {counts['fn']:,}",
     }
@@ -56,6 +56,8 @@ def metrics_table(card: dict) -> None:
     grid.add_column("")
     grid.add_column("metric")
     grid.add_column("value", justify="right")
+    if intervals:
+        grid.add_column("interval", justify="right", no_wrap=True)
     grid.add_column("")
     for group, names in GROUPS:
         for k, name in enumerate(names):
@@ -63,10 +65,15 @@ def metrics_table(card: dict) -> None:
                 group if k == 0 else "",
                 name,
                 f"{metrics[name]:.4f}",
+                *([_interval(intervals.get(name))] if intervals else []),
                 notes.get(name, ""),
                 end_section=name == names[-1],
             )
     console().print(grid)
+
+
+def _interval(ends):
+    return f"{ends[0]:.4f} .. {ends[1]:.4f}" if ends else ""
 
 
 def overview(run: Run, as_json: bool) -> None:

@@ -15,7 +15,17 @@ from pipeline.store import Run, digest
 from pipeline.tables import TABLES
 from tests.conftest import SMALL
 
-MODEL = ("label_models", "curves", "histograms", "thresholds", "weights", "vocabulary", "label_counts", "metrics.json")
+MODEL = (
+    "label_models",
+    "curves",
+    "histograms",
+    "thresholds",
+    "weights",
+    "vocabulary",
+    "label_counts",
+    "confusions",
+    "metrics.json",
+)
 
 
 def prints(run: Run) -> dict:
@@ -34,7 +44,7 @@ def golden(spark, toy, tmp_path_factory):
 
 def test_every_stage_is_finished_and_published(golden):
     card = json.loads((golden.root / "metrics.json").read_text())
-    assert set(card) == {"metrics", "intervals", "conventions", "counts"}
+    assert set(card) == {"metrics", "intervals", "groups", "conventions", "counts"}
     assert card["counts"]["documents"] == 6
     assert card["counts"]["labels"] == 8
     assert card["counts"]["labels_with_positives"] == 7

@@ -210,7 +210,7 @@ def test_the_command_prints_tables_and_hides_nothing_of_names(runs):
     result = CliRunner().invoke(cli.app, ["compare", *(str(run.root) for run in runs), "--replicates", "100"])
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("200 test documents, 0.95 intervals of 100 replicates")
+    assert lines[0].startswith("200 test documents, 95 % intervals of 100 replicates")
     assert all(any(name in line for line in lines) for name in METRICS)
     [micro] = [line for line in lines if "micro_f1" in line]
     assert " +0." in micro and " .. " in micro and micro.rstrip().endswith("better")

@@ -68,6 +68,10 @@ OTHER = {
     "calibrate.calibration": "isotonic",
     "calibrate.pooling": 0.0,
     "calibrate.isotonic_positives": 50,
+    "evaluate.bootstrap": 10,
+    "evaluate.confidence": 0.9,
+    "evaluate.seed": 1,
+    "evaluate.keep_scores": 0.5,
     "evaluate.if_undefined": 1,
     "evaluate.propensity_a": 0.6,
     "evaluate.propensity_b": 2.6,
@@ -106,6 +110,8 @@ NO_RESULT = {
     "ingest.max_labels",
     "train.max_failed",
     "train.budget",
+    # disk for time
+    "evaluate.keep_scores",
 }
 
 

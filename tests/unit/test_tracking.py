@@ -60,6 +60,7 @@ def finished_run(folder, cfg, seed=0):
         },
         "thresholds": {
             "label_id": ids,
+            "ece": [0.01] * size,
             "threshold": [None, *[-0.5] * (size - 1)],
             "a": rng.uniform(0.5, 2, size),
             "b": rng.normal(size=size),
@@ -79,6 +80,7 @@ def finished_run(folder, cfg, seed=0):
                 name: [None, *[0.5] * (size - 1)]
                 for name in ("precision", "recall", "f1", "average_precision", "roc_auc")
             },
+            "ece": [0.01] * size,
             "threshold": [None, *[-0.5] * (size - 1)],
             "status": ["converged"] * size,
         },
