@@ -1,6 +1,6 @@
-"""One-vs-rest: a block of labels -> their models, curves and histograms.
+"""One-vs-rest: a block of labels -> their models, curves and histograms, and the gold that they doubt.
 
-    block of labels + X, folds, positives  ->  label_models, curves, histograms
+    block of labels + X, folds, positives  ->  label_models, curves, histograms, suspicious
 
 Labels are solved in groups of sixteen: once for the final models, once for every fold left out, all lanes of a group
 leaving out the same fold, so that rows of that fold cost nothing.  Where train.C or train.positive_weight is a list, a
@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from scipy.special import expit
 
 from pipeline.host import alone
 from pipeline.kernels import calibration, curves, lanes, lockstep, pruning
@@ -28,6 +29,13 @@ log = logging.getLogger(__name__)
 
 POOLED = -1  # `fold` of a curve over all folds
 LEAST_NEGATIVES = 1_000  # of a label whose negatives are sampled
+
+# names are known to who calls: `row` counts the training rows here
+SUSPICIOUS = pa.schema([field for field in TABLES["suspicious"].schema if field.name not in ("label", "doc_id")])
+SCHEMAS = {
+    **{name: TABLES[name].schema for name in ("label_models", "curves", "histograms")},
+    "suspicious": SUSPICIOUS,
+}
 
 
 class Gold(NamedTuple):
@@ -125,11 +133,12 @@ def fit_block(
         after_group: called with the labels of each group and its seconds.
 
     Returns:
-        Tables label_models, curves and histograms with one row a label (and fold).  A label without positives or
-        without negatives gets a constant model; one that fails gets a row with the cause in `status`.
+        Tables label_models, curves and histograms with one row a label (and fold), and `suspicious` without the
+        columns label and doc_id, whose row counts the training rows.  A label without positives or without negatives
+        gets a constant model; one that fails gets a row with the cause in `status`.
     """
     extras = extras or Extras.plain(gold.indptr.size - 1)
-    rows: tuple[list[dict], ...] = ([], [], [])
+    rows: tuple[list[dict], ...] = ([], [], [], [])
     inside = np.ones(X.size, bool) if cfg.sample == 1 else lanes.sample(X.size, np.uint64(cfg.seed), cfg.sample)
     trained = inside if cfg.folds else inside & (gold.fold != 0)
     used = int(np.count_nonzero(trained))
@@ -149,14 +158,14 @@ def fit_block(
             for into, part in zip(rows, _isolated(solvable, X, gold, cfg, extras, start, inside), strict=True):
                 into.extend(part)
         after_group(group, time.perf_counter() - began)
-    return {name: _table(name, part) for name, part in zip(("label_models", "curves", "histograms"), rows, strict=True)}
+    return {name: _table(name, part) for name, part in zip(SCHEMAS, rows, strict=True)}
 
 
 def _table(name: str, rows: list[dict]) -> pa.Table:
     """Rows in the order of their key; lists come as arrays and stay arrays."""
     rows = sorted(rows, key=lambda row: tuple(row[k] for k in TABLES[name].key))
     columns = []
-    for field in TABLES[name].schema:
+    for field in SCHEMAS[name]:
         values = [row[field.name] for row in rows]
         if pa.types.is_list(field.type):
             flat = np.concatenate([np.empty(0, field.type.value_type.to_pandas_dtype()), *values]).astype(
@@ -166,14 +175,14 @@ def _table(name: str, rows: list[dict]) -> pa.Table:
             columns.append(pa.ListArray.from_arrays(offsets, flat).cast(field.type))
         else:
             columns.append(pa.array(values, field.type))
-    return pa.Table.from_arrays(columns, schema=TABLES[name].schema)
+    return pa.Table.from_arrays(columns, schema=SCHEMAS[name])
 
 
 def failed_block(label_ids: Sequence[int], gold: Gold, cause: str) -> dict[str, pa.Table]:
     """The tables of a block that could not be solved at all: base rates, with the cause as status."""
     return {
         "label_models": constant_rows(sorted(label_ids), np.diff(gold.indptr), gold.fold.size, f"failed: {cause}"),
-        **{name: TABLES[name].schema.empty_table() for name in ("curves", "histograms")},
+        **{name: schema.empty_table() for name, schema in SCHEMAS.items() if name != "label_models"},
     }
 
 
@@ -213,7 +222,7 @@ def _isolated(group, X, gold, cfg, extras, start, inside):
         log.warning("labels %s failed together: %s: %s", group, type(error).__name__, error)
         if len(group) == 1:
             model = _constant(group[0], gold.positives(group[0]).size, X.size, _cause(error))
-            return [model], [], []
+            return [model], [], [], []
     alone = [_isolated([label_id], X, gold, cfg, extras, start, inside) for label_id in group]
     return tuple(list(itertools.chain.from_iterable(part)) for part in zip(*alone, strict=True))
 
@@ -251,7 +260,7 @@ def _fit_group(group, X, gold, cfg, extras, start, inside):
             quality = [QUALITIES[cfg.choose](fitted.held[:, j], positive[j]) for j in range(len(group))]
             fitted = fitted._replace(quality=np.array(quality + [np.inf] * (LANES - len(group))))
         best = fitted if best is None else _better(best, fitted)
-    models, curve_rows, histogram_rows = [], [], []
+    models, curve_rows, histogram_rows, doubts = [], [], [], []
     trained = inside if cfg.folds else inside & (gold.fold != 0)
     used = int(np.count_nonzero(trained))
     columns = lockstep.nonzeros(best.W.ravel())
@@ -280,7 +289,9 @@ def _fit_group(group, X, gold, cfg, extras, start, inside):
         for fold, rows in ((POOLED, slice(None)), *seen.items()):
             curve_rows.append(_curve_row(label_id, fold, own[j, rows], positive[j, rows]))
             histogram_rows.append(_histogram_row(label_id, fold, own[j, rows], positive[j, rows]))
-    return models, curve_rows, histogram_rows
+        if cfg.suspicious:
+            doubts += suspicious(label_id, own[j], positive[j], held, cfg.suspicious)
+    return models, curve_rows, histogram_rows, doubts
 
 
 def _better(best: _Fitted, other: _Fitted) -> _Fitted:
@@ -370,6 +381,36 @@ def best_f1_loss(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 QUALITIES = {"log_loss": calibrated_log_loss, "f1": best_f1_loss}
+
+
+def suspicious(label_id: int, scores: np.ndarray, positive: np.ndarray, rows: np.ndarray, most: int) -> list[dict]:
+    """Rows whose gold is less probable than its opposite by the label's own Platt map: the worst `most` of each kind.
+
+    Args:
+        scores (n,) float32 out of fold, positive (n,) bool, rows (n,) ascending.
+
+    Kind `missing` has a high score without the label, `wrong` the label with a low score; of equal scores the smaller
+    row comes first.  A label whose scores agree with its gold has none.
+    """
+    counts = [c.astype(np.float64) for c in curves.histogram(scores, positive)]
+    bins = np.flatnonzero(counts[0] + counts[1])
+    a, b = calibration.platt(curves.bin_centres()[bins], *(c[bins] for c in counts))
+    z = a * scores.astype(np.float64) + b
+    found = []
+    for kind, against in (("missing", (z > 0) & ~positive), ("wrong", (z < 0) & positive)):
+        places = np.flatnonzero(against)
+        # stable: equal scores stay in the order of their rows
+        for i in places[np.argsort(-np.abs(z[places]), kind="stable")][:most]:
+            found.append(
+                {
+                    "label_id": label_id,
+                    "row": int(rows[i]),
+                    "kind": kind,
+                    "score": float(scores[i]),
+                    "probability": float(expit(-abs(z[i]))),
+                }
+            )
+    return found
 
 
 def _curve_row(label_id, fold, scores, positive):

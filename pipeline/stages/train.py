@@ -1,6 +1,6 @@
 """Train.
 
-    features, folds, documents (labels)  ->  label_models, curves, histograms, weights
+    features, folds, documents (labels)  ->  label_models, curves, histograms, suspicious, weights
 
 One Spark job; a task is a block of labels.  The matrix is mapped once per host.  A block that is done has its marker,
 so a second run solves only what is missing; what a block holds depends on the data and the settings alone, never on who
@@ -27,11 +27,13 @@ from pipeline.learners import matrix, placement
 from pipeline.learners.ovr import Extras, candidates, constant_rows, failed_block, fit_block, warm_up
 from pipeline.learners.tagger import Weights
 from pipeline.stages.parts import Outcome, hashes, run_tasks
+from pipeline.stages.split import doc_ids
 from pipeline.store import Run, digest, entry, sync_file, write_json, write_part
+from pipeline.tables import TABLES, conform
 
 log = logging.getLogger(__name__)
 
-BLOCK_TABLES = ("label_models", "curves", "histograms")
+BLOCK_TABLES = ("label_models", "curves", "histograms", "suspicious")
 UNFINISHED = ("out_of_time", "not_selected")  # statuses of labels that were not begun
 
 
@@ -280,7 +282,8 @@ def summary(facts: dict, rows: dict) -> str:
     return (
         f"{anew}{rows['label_models']:,} labels in {blocks}{resumed}; {constant:,} constant, "
         f"{statuses.get('not_converged', 0):,} not converged{unfinished}, largest gap {facts['largest_gap']:.2g}, "
-        f"{facts['nonzero_weights']:,} weights ({shown_bytes(facts['model_bytes'])})"
+        f"{facts['nonzero_weights']:,} weights ({shown_bytes(facts['model_bytes'])}), "
+        f"{rows['suspicious']:,} doubtful gold labels"
     )
 
 
@@ -425,6 +428,7 @@ def _solver(shared, cfg):
             except Exception as error:
                 log.warning("block %d failed: %s: %s", number, type(error).__name__, error)
                 tables = failed_block(label_ids, gold, f"{type(error).__name__}: {error}")
+        tables["suspicious"] = named(tables["suspicious"], s["labels"], s["fold_files"], s["document_files"])
         statuses: dict[str, int] = {}
         for status in tables["label_models"]["status"].to_pylist():
             statuses[status] = statuses.get(status, 0) + 1
@@ -444,6 +448,24 @@ def _solver(shared, cfg):
         return facts
 
     return solve
+
+
+def named(doubts: pa.Table, labels: list[str], fold_files: list[str], document_files: list[str]) -> pa.Table:
+    """The table `suspicious` from the learner's: rows of the matrix become rows of documents, with their names."""
+    if not doubts.num_rows:
+        return TABLES["suspicious"].schema.empty_table()
+    row, first, training = doubts["row"].to_numpy(), 0, 0
+    found = np.empty(row.size, np.int64)
+    for path in fold_files:  # the matrix has the rows with fold >= 0, in their order
+        part = pq.read_table(path, columns=["row", "fold"])
+        rows = part["row"].to_numpy()[part["fold"].to_numpy() >= 0]
+        first, training = training, training + rows.size
+        here = (row >= first) & (row < training)
+        found[here] = rows[row[here] - first]
+    ids = doc_ids(document_files, set(found.tolist()))
+    doubts = doubts.set_column(doubts.schema.get_field_index("row"), "row", pa.array(found))
+    doubts = doubts.append_column("label", pa.array([labels[label_id] for label_id in doubts["label_id"].to_pylist()]))
+    return conform(doubts.append_column("doc_id", pa.array([ids[number] for number in found.tolist()])), "suspicious")
 
 
 def _build(folder, s):

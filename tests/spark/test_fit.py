@@ -15,7 +15,10 @@ from pipeline.store import Run, digest
 from pipeline.tables import TABLES
 from tests.conftest import SMALL
 
-MODEL = ("label_models", "curves", "histograms", "thresholds", "weights", "vocabulary", "label_counts", "metrics.json")
+MODEL = (
+    *("near_duplicates", "label_relations", "vocabulary", "label_models", "curves", "histograms", "suspicious"),
+    *("weights", "thresholds", "label_counts", "metrics.json"),
+)
 
 
 def prints(run: Run) -> dict:

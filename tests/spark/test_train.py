@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pyspark import TaskContext, cloudpickle
 
@@ -346,3 +347,68 @@ def test_several_values_of_C_are_chosen_from_per_label(copy):
     assert set(chosen.values()) <= {0.01, 20.0}
     assert 20.0 in chosen.values()
     assert isinstance(run.read("label_models"), pa.Table)
+
+
+def suspected(run):
+    return {(r["label"], r["kind"], r["doc_id"]) for r in run.read("suspicious").to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory):
+    """A corpus in which words tell labels, but for four assignments."""
+    rng = np.random.default_rng(1)
+    documents = []
+    for i in range(240):
+        labels = [name for name in ("ants", "bees", "cats") if rng.random() < 0.4]
+        text = " ".join([f"{name} {name}talk" for name in labels] + [f"filler{k}" for k in rng.integers(0, 9, 5)])
+        documents.append(
+            {"doc_id": f"d{i}", "text": text, "labels": labels, "split": "test" if i % 5 == 4 else "train"}
+        )
+    planted = set()
+    for name, kind in (("ants", "missing"), ("ants", "wrong"), ("bees", "missing"), ("cats", "wrong")):
+        carries = kind == "missing"
+        row = next(
+            d for d in documents[20:] if d["split"] == "train" and (name in d["labels"]) == carries
+            and d["doc_id"] not in {p[2] for p in planted}
+        )  # fmt: skip
+        row["labels"] = [x for x in row["labels"] if x != name] if carries else sorted([*row["labels"], name])
+        planted.add((name, kind, row["doc_id"]))
+    path = tmp_path_factory.mktemp("mistaken") / "documents.parquet"
+    pq.write_table(pa.Table.from_pylist(documents), path)
+    return path, planted
+
+
+def test_errors_of_gold_are_found_by_document_and_whatever_the_parts(fit, mistaken, tmp_path):
+    path, planted = mistaken
+    runs = [
+        fit(path, *sets, run=tmp_path / f"run{k}")
+        for k, sets in enumerate((("spark.partitions=1",), ("spark.partitions=5",)))
+    ]
+    assert suspected(runs[0]) == planted
+    for run in runs:
+        ids = run.read("documents", ["doc_id"])["doc_id"].to_pylist()
+        fold = run.read("folds")["fold"].to_pylist()
+        names = run.read("labels", ["label"])["label"].to_pylist()
+        for r in run.read("suspicious").to_pylist():
+            assert (names[r["label_id"]], ids[r["row"]]) == (r["label"], r["doc_id"])
+            assert fold[r["row"]] >= 0
+            assert 0 < r["probability"] < 0.5
+    assert runs[0].read("suspicious").equals(runs[1].read("suspicious"))
+    assert f"{len(planted)} doubtful gold labels" in runs[0].manifest("train")["summary"]
+
+
+def test_doubts_follow_refits_and_blocks_that_are_solved_again(fit, mistaken, tmp_path):
+    path, planted = mistaken
+    run = fit(path, run=tmp_path / "run")
+    whole = run.read("suspicious")
+    refitted = again(run, "train.suspicious=0", labels=["ants"])
+    assert suspected(refitted) == {p for p in planted if p[0] != "ants"}
+    assert refitted.damage("train") is None
+    assert (
+        again(fit(path, run=tmp_path / "other"), "train.suspicious=1", overwrite=True).read("suspicious").equals(whole)
+    )
+
+
+def test_no_doubts_where_none_are_asked_for(fit, mistaken):
+    run = fit(mistaken[0], "train.suspicious=0")
+    assert run.read("suspicious").num_rows == 0
