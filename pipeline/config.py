@@ -102,7 +102,7 @@ class SplitConfig(Section):
         0.9,
         ge=0,
         le=1,
-        description="similarity of texts on both sides of the split that is reported; 0: not looked for",
+        description="similarity from which on a test text is told to be that of a training text; 0: none is looked for",
     )
 
 
@@ -156,7 +156,7 @@ class TrainConfig(Section):
     warm_start: str = Field("", description="earlier run whose models the solver starts from; same vocabulary")
     max_failed: int = Field(0, ge=0, description="labels that may fail before the run stops with exit code 65")
     suspicious: int = Field(
-        3, ge=0, le=1_000, description="documents a label, of each kind, whose gold its out-of-fold scores doubt most"
+        3, ge=0, le=1_000, description="documents a label, not labelled and labelled, whose gold its scores doubt most"
     )
     budget: float = Field(
         0, ge=0, description="seconds after which no further labels are begun; those left get a constant; 0: no limit"

@@ -95,6 +95,7 @@ def render(
     examples: list[dict],
     facts: dict,
     rules: dict | None = None,
+    problems: dict | None = None,
 ) -> str:
     """The page.
 
@@ -103,6 +104,7 @@ def render(
     stages: [{"stage", "seconds", "cpu_seconds", "peak_bytes", "rows", "summary"}].  settings: {"train.C": 10.0, ...}.
     rules: what rules between labels changed: {"before": {metric: value}, "after": ..., "changes": {kind: {"added",
         "removed"}}}.
+    problems: see `stages.problems.data_problems`.
     examples: [{"doc_id", "text", "gold": [...], "tags": [{"label", "probability"}]}].
     """
     frequent, lowest = label_rows(label_counts)
@@ -132,6 +134,7 @@ def render(
             examples=[_judged(example) for example in examples],
             facts=facts,
             rules=rules,
+            problems=problems,
             chips=CHIPS,
             most_alike=LOOK_ALIKES,
         )

@@ -10,16 +10,15 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from pipeline.kernels.text import _OFFSET, _PRIME, _code_point, _mixed
+from pipeline.kernels.text import FNV_OFFSET, FNV_PRIME, GOLDEN, code_point, mixed
 
 WORDS = 3  # of a shingle: one changed word of n costs three shingles of n
 HASHES = 64  # of a signature
 CERTAINTY = 0.95  # that a pair of exactly the wanted similarity is proposed
 TRIED = 16  # texts of one bucket that a text is compared with: a template in thousands of texts must not be squared
-_GOLDEN = 0x9E3779B97F4A7C15
 
 
-class Found(NamedTuple):
+class Known(NamedTuple):
     """The texts that others are compared with, by band keys.  Texts with the same shingles stand once."""
 
     identity: np.ndarray  # (m,) uint64 ascending
@@ -45,8 +44,8 @@ def bands(similarity: float) -> tuple[int, int]:
 
 def seeds() -> np.ndarray:
     """(64,) uint32, one for each hash of a signature; always the same, so that a result can be had again."""
-    state = (np.arange(1, HASHES + 1, dtype=np.uint64)) * np.uint64(_GOLDEN)
-    return np.array([_mixed(s) >> np.uint64(32) for s in state], np.uint32)
+    state = np.arange(1, HASHES + 1, dtype=np.uint64) * GOLDEN
+    return np.array([mixed(s) >> np.uint64(32) for s in state], np.uint32)
 
 
 @njit(cache=True, nogil=True)
@@ -69,23 +68,23 @@ def shingles(data, offsets, words):
         before = 0  # words of this text so far
         older, old = np.uint64(0), np.uint64(0)
         while at < stop:
-            point, width = _code_point(data, at, stop)
+            point, width = code_point(data, at, stop)
             if not words[point]:
                 at += width
                 continue
-            h = _OFFSET
+            h = FNV_OFFSET
             while at < stop:
-                point, width = _code_point(data, at, stop)
+                point, width = code_point(data, at, stop)
                 if not words[point]:
                     break
                 for k in range(at, at + width):
-                    h = (h ^ np.uint64(data[k])) * _PRIME
+                    h = (h ^ np.uint64(data[k])) * FNV_PRIME
                 at += width
-            h = _mixed(h)
+            h = mixed(h)
             before += 1
             if before >= WORDS:
-                whole = older * np.uint64(0x9E3779B97F4A7C15) + old
-                hashes[count] = _mixed(whole * np.uint64(0x9E3779B97F4A7C15) + h)
+                whole = older * GOLDEN + old
+                hashes[count] = mixed(whole * GOLDEN + h)
                 count += 1
             older, old = old, h
         indptr[i + 1] = count
@@ -125,7 +124,7 @@ def band_keys(signature, count, size):
         for band in range(count):
             h = np.uint64(band + 1)
             for k in range(band * size, (band + 1) * size):
-                h = _mixed(h * np.uint64(0x9E3779B97F4A7C15) + np.uint64(signature[i, k]))
+                h = mixed(h * GOLDEN + np.uint64(signature[i, k]))
             keys[i, band] = h
     return keys
 
@@ -170,13 +169,13 @@ def jaccard(one, other):
     return shared / total if total else 0.0
 
 
-def index(identity, keys, start, size) -> tuple[Found, np.ndarray]:
-    """Texts in the order of their rows, with band keys (n, bands), -> Found and the place of each text in it, (n,)."""
+def index(identity, keys, start, size) -> tuple[Known, np.ndarray]:
+    """Texts in the order of their rows, with band keys (n, bands), -> Known and the place of each text in it, (n,)."""
     unique, first, place = np.unique(identity, return_index=True, return_inverse=True)
     columns = np.ascontiguousarray(keys[first].T)
     owner = np.argsort(columns, axis=1, kind="stable").astype(np.int64)
     return (
-        Found(unique, np.take_along_axis(columns, owner, axis=1), owner, start[first], size[first]),
+        Known(unique, np.take_along_axis(columns, owner, axis=1), owner, start[first], size[first]),
         place.astype(np.int64),
     )
 
@@ -186,7 +185,7 @@ def nearest(known, held, indptr, hashes, identity, keys, rows, similarity, best,
     """Compare texts with those that are known, and note for each of the latter the most similar one.
 
     Args:
-        known: Found; held (places,) uint64: the shingles it points to.
+        known: Known; held (places,) uint64: the shingles it points to.
         indptr, hashes, identity, keys, rows (n,) int64: shingles, identities, band keys and rows of the texts.
         similarity: least Jaccard similarity that counts.
         best (m,) float64, best_row (m,) int64: changed in place; 0 and -1 for none; of equal ones the smallest row.
@@ -209,7 +208,7 @@ def nearest(known, held, indptr, hashes, identity, keys, rows, similarity, best,
             count = after - first
             shift = np.int64(0)
             if count > TRIED:
-                shift = np.int64(_mixed(np.uint64(rows[i]) + np.uint64(band + 2)) % np.uint64(count))
+                shift = np.int64(mixed(np.uint64(rows[i]) + np.uint64(band + 2)) % np.uint64(count))
             for t in range(min(count, TRIED)):
                 at = first + (shift + t) % count
                 g = at if band < 0 else known.owner[band, at]

@@ -1,4 +1,4 @@
-"""One-vs-rest: a block of labels -> their models, curves and histograms, and the gold that they doubt.
+"""One-vs-rest: a block of labels -> their models, curves and histograms, and the gold that their scores doubt.
 
     block of labels + X, folds, positives  ->  label_models, curves, histograms, suspicious
 
@@ -30,12 +30,9 @@ log = logging.getLogger(__name__)
 POOLED = -1  # `fold` of a curve over all folds
 LEAST_NEGATIVES = 1_000  # of a label whose negatives are sampled
 
-# names are known to who calls: `row` counts the training rows here
+# `row` counts the training rows here; who calls knows their names
 SUSPICIOUS = pa.schema([field for field in TABLES["suspicious"].schema if field.name not in ("label", "doc_id")])
-SCHEMAS = {
-    **{name: TABLES[name].schema for name in ("label_models", "curves", "histograms")},
-    "suspicious": SUSPICIOUS,
-}
+SCHEMAS = {name: TABLES[name].schema for name in ("label_models", "curves", "histograms")} | {"suspicious": SUSPICIOUS}
 
 
 class Gold(NamedTuple):
@@ -286,11 +283,15 @@ def _fit_group(group, X, gold, cfg, extras, start, inside):
                 "status": "ok" if best.solver_gap[j] <= cfg.gap else "not_converged",
             }
         )
-        for fold, rows in ((POOLED, slice(None)), *seen.items()):
+        pooled = _histogram_row(label_id, POOLED, own[j], positive[j])
+        curve_rows.append(_curve_row(label_id, POOLED, own[j], positive[j]))
+        histogram_rows.append(pooled)
+        for fold, rows in seen.items():
             curve_rows.append(_curve_row(label_id, fold, own[j, rows], positive[j, rows]))
             histogram_rows.append(_histogram_row(label_id, fold, own[j, rows], positive[j, rows]))
         if cfg.suspicious:
-            doubts += suspicious(label_id, own[j], positive[j], held, cfg.suspicious)
+            counts = curves.bin_centres()[pooled["bin"]], pooled["positives"], pooled["negatives"]
+            doubts += suspicious(label_id, own[j], positive[j], held, counts, cfg.suspicious)
     return models, curve_rows, histogram_rows, doubts
 
 
@@ -383,31 +384,47 @@ def best_f1_loss(scores: np.ndarray, positive: np.ndarray) -> float:
 QUALITIES = {"log_loss": calibrated_log_loss, "f1": best_f1_loss}
 
 
-def suspicious(label_id: int, scores: np.ndarray, positive: np.ndarray, rows: np.ndarray, most: int) -> list[dict]:
-    """Rows whose gold is less probable than its opposite by the label's own Platt map: the worst `most` of each kind.
+def suspicious(
+    label_id: int,
+    scores: np.ndarray,
+    positive: np.ndarray,
+    rows: np.ndarray,
+    counts: tuple[np.ndarray, np.ndarray, np.ndarray],
+    most: int,
+) -> list[dict]:
+    """The rows whose gold the scores of a label doubt most, up to `most` of each kind, for the table `suspicious`.
 
     Args:
         scores (n,) float32 out of fold, positive (n,) bool, rows (n,) ascending.
+        counts: centres, positives and negatives of the bins of these scores.
 
-    Kind `missing` has a high score without the label, `wrong` the label with a low score; of equal scores the smaller
-    row comes first.  A label whose scores agree with its gold has none.
+    Probabilities are those of Platt's map.  A row without the label is doubted (kind `missing`) where the label is
+    probable: above 0.5, and that is the doubt.  A row with the label (kind `wrong`) is doubted where the score makes
+    the label less probable than it is on average; the doubt leaves the base rate out, as if the label were on every
+    other document, because who gave a rare label had reasons that its base rate does not know.  Else every positive of
+    a label with too few of them to learn from would be doubted.  Of equal scores the smaller row comes first.
     """
-    counts = [c.astype(np.float64) for c in curves.histogram(scores, positive)]
-    bins = np.flatnonzero(counts[0] + counts[1])
-    a, b = calibration.platt(curves.bin_centres()[bins], *(c[bins] for c in counts))
-    z = a * scores.astype(np.float64) + b
+    positives, negatives = (c.astype(np.float64) for c in counts[1:])
+    if positives.sum() == 0 or negatives.sum() == 0:
+        return []
+    a, b = calibration.platt(counts[0], positives, negatives)
+    prior = np.log(positives.sum() / negatives.sum())
     found = []
-    for kind, against in (("missing", (z > 0) & ~positive), ("wrong", (z < 0) & positive)):
-        places = np.flatnonzero(against)
+    for kind, gold, sign, base in (("missing", ~positive, 1, 0.0), ("wrong", positive, -1, prior)):
+        # as scores: there are many more rows than doubtful ones
+        places = np.flatnonzero(gold & (sign * scores > sign * (base - b) / a))
         # stable: equal scores stay in the order of their rows
-        for i in places[np.argsort(-np.abs(z[places]), kind="stable")][:most]:
+        places = places[np.argsort(-sign * scores[places], kind="stable")[:most]]
+        logits = a * scores[places].astype(np.float64) + b
+        for i, probability, doubt in zip(places, expit(logits), expit(sign * (logits - base)), strict=True):
             found.append(
                 {
                     "label_id": label_id,
                     "row": int(rows[i]),
                     "kind": kind,
                     "score": float(scores[i]),
-                    "probability": float(expit(-abs(z[i]))),
+                    "probability": float(probability),
+                    "doubt": float(doubt),
                 }
             )
     return found

@@ -27,9 +27,8 @@ from pipeline.learners import matrix, placement
 from pipeline.learners.ovr import Extras, candidates, constant_rows, failed_block, fit_block, warm_up
 from pipeline.learners.tagger import Weights
 from pipeline.stages.parts import Outcome, hashes, run_tasks
-from pipeline.stages.split import doc_ids
 from pipeline.store import Run, digest, entry, sync_file, write_json, write_part
-from pipeline.tables import TABLES, conform
+from pipeline.tables import conform
 
 log = logging.getLogger(__name__)
 
@@ -283,7 +282,7 @@ def summary(facts: dict, rows: dict) -> str:
         f"{anew}{rows['label_models']:,} labels in {blocks}{resumed}; {constant:,} constant, "
         f"{statuses.get('not_converged', 0):,} not converged{unfinished}, largest gap {facts['largest_gap']:.2g}, "
         f"{facts['nonzero_weights']:,} weights ({shown_bytes(facts['model_bytes'])}), "
-        f"{rows['suspicious']:,} doubtful gold labels"
+        f"{rows['suspicious']:,} suspicious gold labels"
     )
 
 
@@ -428,7 +427,7 @@ def _solver(shared, cfg):
             except Exception as error:
                 log.warning("block %d failed: %s: %s", number, type(error).__name__, error)
                 tables = failed_block(label_ids, gold, f"{type(error).__name__}: {error}")
-        tables["suspicious"] = named(tables["suspicious"], s["labels"], s["fold_files"], s["document_files"])
+        tables["suspicious"] = named(tables["suspicious"], s["labels"], folder)
         statuses: dict[str, int] = {}
         for status in tables["label_models"]["status"].to_pylist():
             statuses[status] = statuses.get(status, 0) + 1
@@ -450,22 +449,12 @@ def _solver(shared, cfg):
     return solve
 
 
-def named(doubts: pa.Table, labels: list[str], fold_files: list[str], document_files: list[str]) -> pa.Table:
-    """The table `suspicious` from the learner's: rows of the matrix become rows of documents, with their names."""
-    if not doubts.num_rows:
-        return TABLES["suspicious"].schema.empty_table()
-    row, first, training = doubts["row"].to_numpy(), 0, 0
-    found = np.empty(row.size, np.int64)
-    for path in fold_files:  # the matrix has the rows with fold >= 0, in their order
-        part = pq.read_table(path, columns=["row", "fold"])
-        rows = part["row"].to_numpy()[part["fold"].to_numpy() >= 0]
-        first, training = training, training + rows.size
-        here = (row >= first) & (row < training)
-        found[here] = rows[row[here] - first]
-    ids = doc_ids(document_files, set(found.tolist()))
-    doubts = doubts.set_column(doubts.schema.get_field_index("row"), "row", pa.array(found))
-    doubts = doubts.append_column("label", pa.array([labels[label_id] for label_id in doubts["label_id"].to_pylist()]))
-    return conform(doubts.append_column("doc_id", pa.array([ids[number] for number in found.tolist()])), "suspicious")
+def named(doubts: pa.Table, labels: list[str], folder: Path) -> pa.Table:
+    """The table `suspicious` from the learner's, whose rows are those of the matrix in `folder`."""
+    names = matrix.named(folder, doubts["row"].to_numpy())
+    label = [labels[label_id] for label_id in doubts["label_id"].to_pylist()]
+    doubts = doubts.set_column(doubts.schema.get_field_index("row"), "row", names["row"])
+    return conform(doubts.append_column("doc_id", names["doc_id"]).append_column("label", [label]), "suspicious")
 
 
 def _build(folder, s):

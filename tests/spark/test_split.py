@@ -70,9 +70,9 @@ def test_copies_across_the_split_are_found_and_told(divided, caplog):
         assert fold[r["other_row"]] >= 0
     assert sorted(r["similarity"] for r in found) == pytest.approx([58 / 59] * 2 + [1.0] * 4)
     assert run.manifest("split")["near_duplicates"] == 6
-    assert "6 of the latter near-duplicates of the former" in run.manifest("split")["summary"]
+    assert "6 of these near-duplicates of the former" in run.manifest("split")["summary"]
     tests = run.manifest("split")["documents"]["test"]
-    assert f"split: 6 of {tests} test documents are nearly the text of a training document" in caplog.text
+    assert f"split: 6 of {tests} test documents have nearly the text of a training document" in caplog.text
     assert not list((run.root / "split").glob("*/shingles*"))
 
 
@@ -90,28 +90,53 @@ def test_near_duplicates_are_not_looked_for(divided, monkeypatch, caplog):
     assert "nearly" not in caplog.text
 
 
+def test_few_near_duplicates_are_no_warning(divided, caplog, monkeypatch):
+    monkeypatch.setattr(split, "MULTIPLE", 0.5)
+    assert divided(documents()[0]).manifest("split")["near_duplicates"] == 6
+    assert "nearly" not in caplog.text
+
+
+@pytest.mark.parametrize("most", [0, 1, 11])
+def test_at_most_so_many_test_documents_are_compared_whatever_the_parts(divided, monkeypatch, most):
+    monkeypatch.setattr(split, "COMPARED", most)
+    rows, *_ = documents()
+    for row in rows:
+        row["text"] = "the same text everywhere"
+    for parts in (1, 5):
+        run = divided(rows, f"spark.partitions={parts}")
+        fold = run.read("folds")["fold"].to_numpy()
+        found = run.read("near_duplicates")
+        assert found["row"].to_pylist() == np.flatnonzero(fold == -1)[:most].tolist()
+        assert set(found["other_row"].to_pylist()) <= {int(np.flatnonzero(fold >= 0)[0])}  # the first of equal ones
+        assert run.manifest("split")["near_duplicates_among"] == most
+        assert f"{most} of the first {most} near-duplicates" in run.manifest("split")["summary"]
+
+
 def test_partitions_and_order_change_no_byte(divided):
     rows, *_ = documents()
     prints = [
         [[digest(path) for path in run.files(table)] for table in TABLES]
-        for run in (divided(rows), divided(rows[::-1], "spark.partitions=1"), divided(rows, "spark.partitions=97"))
+        for run in (
+            divided(rows),
+            divided(rows[::-1], "spark.partitions=1"),
+            divided(rows, "spark.partitions=2"),
+            divided(rows, "spark.partitions=97"),
+        )
     ]
-    assert prints[0] == prints[1] == prints[2]
+    assert all(found == prints[0] for found in prints)
 
 
 def test_the_stage_finds_what_the_learner_finds(divided):
     run = divided(documents()[0], "split.near_duplicates=0.01")
-    table, fold = run.read("documents", ["row", "text"]), run.read("folds")["fold"].to_numpy()
+    table, fold = run.read("documents", ["row", "doc_id", "text"]), run.read("folds")["fold"].to_numpy()
     sets, held = duplicates.shingle_sets(table.filter(pa.array(fold == -1)), 0.01)
     texts = duplicates.comparable([sets], 0.01)
     near = duplicates.nearest(table.filter(pa.array(fold >= 0)), texts.known, held, 0.01)
-    columns = run.read("near_duplicates", ["row", "other_row", "similarity"]).to_pydict().values()
-    assert list(columns) == [x.tolist() for x in duplicates.merged([near], texts)]
+    assert run.read("near_duplicates").equals(duplicates.near_duplicates(pa.Table.from_batches([near]), texts))
 
 
-def test_labels_that_hang_together(divided, caplog):
-    with caplog.at_level(logging.WARNING, "pipeline"):
-        run = divided(documents()[0])
+def test_labels_that_depend_on_others(divided):
+    run = divided(documents()[0])
     found = {(r["label"], r["other"], r["kind"], r["documents"]) for r in run.read("label_relations").to_pylist()}
     assert found == {
         ("narrow", "broad", "implies", 23),
@@ -119,12 +144,13 @@ def test_labels_that_hang_together(divided, caplog):
         ("broad", "other", "excludes", 46),
     }
     facts = run.manifest("split")
-    assert (facts["labels_implied"], facts["labels_same"], facts["multi_class"]) == (1, 2, False)
-    assert (
-        "split: 1 label always comes with another one, 2 labels are on exactly the documents of another one"
-        in caplog.text
-    )
-    assert "exactly one label" not in caplog.text
+    assert (facts["label_relations"], facts["multi_class"]) == (3, False)
+    assert facts["summary"].endswith(", 3 pairs of labels depend on each other")
+
+
+def test_so_many_relations_are_told(divided, monkeypatch):
+    monkeypatch.setattr(split, "RELATIONS", 1)
+    assert [r["label"] for r in divided(documents()[0]).read("label_relations").to_pylist()] == ["narrow"]
 
 
 def test_one_label_a_document_is_told(divided, caplog):
@@ -141,11 +167,3 @@ def test_one_label_a_document_is_told(divided, caplog):
     for row in rows:
         row["labels"] = ["a"]
     assert divided(rows).manifest("split")["multi_class"] is False  # there is nothing to choose from
-
-
-def test_doc_ids_of_some_rows(divided):
-    run = divided(documents()[0], "spark.partitions=7")
-    ids = run.read("documents", ["doc_id"])["doc_id"].to_pylist()
-    rows = {0, 3, 50, len(ids) - 1}
-    assert split.doc_ids(run.files("documents"), rows) == {row: ids[row] for row in rows}
-    assert split.doc_ids(run.files("documents"), set()) == {}

@@ -1,6 +1,7 @@
 """The stage train: refits, budgets, warm starts, workers that die, hosts that are too small."""
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -12,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from pyspark import TaskContext, cloudpickle
 
-from jobs import entry
+from jobs import entry, show
 from pipeline import config
 from pipeline.errors import ConfigError, DataError, InputError
 from pipeline.learners import placement
-from pipeline.stages import train
+from pipeline.stages import problems, train
 from pipeline.store import Run
 from tests.conftest import SMALL
 from tests.spark.test_fit import prints
@@ -392,9 +393,39 @@ def test_errors_of_gold_are_found_by_document_and_whatever_the_parts(fit, mistak
         for r in run.read("suspicious").to_pylist():
             assert (names[r["label_id"]], ids[r["row"]]) == (r["label"], r["doc_id"])
             assert fold[r["row"]] >= 0
-            assert 0 < r["probability"] < 0.5
+            assert (r["probability"] > 0.5) == (r["kind"] == "missing")
+            assert 0.5 < r["doubt"] < 1
     assert runs[0].read("suspicious").equals(runs[1].read("suspicious"))
-    assert f"{len(planted)} doubtful gold labels" in runs[0].manifest("train")["summary"]
+    assert f"{len(planted)} suspicious gold labels" in runs[0].manifest("train")["summary"]
+
+
+def test_problems_are_shown_the_most_doubtful_first(fit, mistaken, tmp_path, capsys):
+    run = fit(mistaken[0], "split.near_duplicates=0.3", run=tmp_path / "run")
+    capsys.readouterr()
+    show.table(run, "suspicious", None, True)
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["doubt"] for r in told] == sorted((r["doubt"] for r in told), reverse=True)
+    assert {(r["label"], r["kind"], r["doc_id"]) for r in told} == mistaken[1]
+    found = problems.data_problems(run)
+    documents = {r["doc_id"]: r for r in run.read("documents").to_pylist()}
+    for kind in ("missing", "wrong"):
+        mine = [r["doc_id"] for r in told if r["kind"] == kind]
+        assert [r["doc_id"] for r in found["suspicious"][kind]["rows"]] == mine
+        assert found["suspicious"][kind]["count"] == len(mine)
+    near = run.read("near_duplicates").to_pylist()
+    assert (found["near_duplicates"], found["among"], found["similarity"]) == (len(near), 48, 0.3)
+    assert found["equal"] == sum(r["similarity"] == 1 for r in near)
+    best = sorted(near, key=lambda r: (-r["similarity"], r["row"]))[: problems.SHOWN]
+    assert [(r["doc_id"], r["other_doc_id"]) for r in found["pairs"]] == [
+        (r["doc_id"], r["other_doc_id"]) for r in best
+    ]
+    assert best
+    for r in (*found["pairs"], *found["suspicious"]["wrong"]["rows"]):
+        document = documents[r["doc_id"]]
+        assert (r["text"], r["labels"]) == (document["text"][: problems.EXCERPT], document["labels"])
+    for r in found["pairs"]:
+        assert r["other_labels"] == documents[r["other_doc_id"]]["labels"]
+    assert all(r["doc_id"] in (run.root / "report.html").read_text() for r in told)
 
 
 def test_doubts_follow_refits_and_blocks_that_are_solved_again(fit, mistaken, tmp_path):

@@ -822,30 +822,36 @@ def test_kernels_are_compiled_once_a_process(tmp_path, monkeypatch):
 # -- doubtful gold -----------------------------------------------------------------------------------------------------
 
 
+def counts_of(scores, positive):
+    return bin_centres(), *histogram(scores, positive)
+
+
 def doubts_slowly(scores, positive, rows, most):
-    """Worst first, by the whole list of rows."""
-    counts = [c.astype(float) for c in histogram(scores, positive)]
-    a, b = platt(bin_centres(), *counts)
+    """Most doubtful first, by the whole list of rows."""
+    a, b = platt(bin_centres(), *(c.astype(float) for c in histogram(scores, positive)))
     p = 1 / (1 + np.exp(-(a * scores.astype(float) + b)))
+    share = positive.mean()
+    against = p / share * (1 - share) / (1 - p)  # how much more often positives have such a score than negatives
     found = []
-    for kind, right, mine in (("missing", 1 - p, ~positive), ("wrong", p, positive)):
-        order = sorted(np.flatnonzero(mine), key=lambda i: (right[i], rows[i]))
-        found += [(kind, int(rows[i]), right[i]) for i in order[:most] if right[i] < 0.5]
+    for kind, doubt, mine in (("missing", p, ~positive), ("wrong", 1 / (1 + against), positive)):
+        order = sorted(np.flatnonzero(mine), key=lambda i: (-doubt[i], rows[i]))
+        found += [(kind, int(rows[i]), p[i], doubt[i]) for i in order[:most] if doubt[i] > 0.5]
     return found
 
 
 @pytest.mark.parametrize("most", [1, 3, 500])
 @pytest.mark.parametrize("seed", range(4))
-def test_doubts_are_the_rows_whose_gold_is_least_probable(seed, most):
+def test_doubts_are_the_rows_whose_gold_is_least_credible(seed, most):
     rng = np.random.default_rng(seed)
     positive = rng.random(300) < 0.3
     scores = np.round(rng.normal(np.where(positive, 1, -1), 1.2), 1).astype(np.float32)  # with ties
     rows = np.sort(rng.choice(1000, 300, replace=False))
-    found = suspicious(7, scores, positive, rows, most)
+    found = suspicious(7, scores, positive, rows, counts_of(scores, positive), most)
     expected = doubts_slowly(scores, positive, rows, most)
-    assert [(f["kind"], f["row"]) for f in found] == [(kind, row) for kind, row, _ in expected]
-    assert_allclose([f["probability"] for f in found], [p for *_, p in expected], rtol=1e-6)
-    assert all(f["label_id"] == 7 and f["probability"] < 0.5 for f in found)
+    assert [(f["kind"], f["row"]) for f in found] == [(kind, row) for kind, row, *_ in expected]
+    assert_allclose([f["probability"] for f in found], [p for *_, p, _ in expected], rtol=1e-6)
+    assert_allclose([f["doubt"] for f in found], [doubt for *_, doubt in expected], rtol=1e-6)
+    assert all(f["label_id"] == 7 and f["doubt"] > 0.5 for f in found)
     assert {f["kind"] for f in found} == {"missing", "wrong"}
     by_row = dict(zip(rows.tolist(), scores.tolist(), strict=True))
     assert all(f["score"] == by_row[f["row"]] for f in found)
@@ -853,11 +859,21 @@ def test_doubts_are_the_rows_whose_gold_is_least_probable(seed, most):
 
 def test_scores_that_agree_with_gold_are_not_doubted():
     positive = np.arange(100) < 30
-    assert suspicious(0, np.where(positive, 2, -2).astype(np.float32), positive, np.arange(100), 3) == []
-    # nor is a label whose scores say nothing
-    assert not [
-        f for f in suspicious(0, np.zeros(100, np.float32), positive, np.arange(100), 3) if f["kind"] == "missing"
-    ]
+    scores = np.where(positive, 2, -2).astype(np.float32)
+    assert suspicious(0, scores, positive, np.arange(100), counts_of(scores, positive), 3) == []
+
+
+@pytest.mark.parametrize("positive", [np.zeros(100, bool), np.ones(100, bool)])
+def test_gold_of_one_kind_is_not_doubted(positive):
+    scores = np.linspace(-3, 3, 100).astype(np.float32)
+    assert suspicious(0, scores, positive, np.arange(100), counts_of(scores, positive), 3) == []
+
+
+def test_a_positive_that_is_merely_rare_is_not_doubted():
+    """Its probability is small, but larger than that of other documents."""
+    scores = np.linspace(-1.2, -0.9, 10_000).astype(np.float32)
+    positive = np.arange(10_000) == 9_000
+    assert suspicious(0, scores, positive, np.arange(10_000), counts_of(scores, positive), 3) == []
 
 
 def mistaken(n=300, L=3, errors=2, folds=3):
