@@ -255,11 +255,11 @@ def _spread(size, most):
 
 
 def table(run: Run, name: str, output: str | None, as_json: bool) -> None:
-    """One table, in the order of its key: to the screen, as JSON lines, or to a .parquet or .csv file."""
+    """One table in its order (see `tables.Table`): to the screen, as JSON lines, or to a .parquet or .csv file."""
     if name not in TABLES or name == "tags":
         raise ConfigError(f"--table {shown(name)}: expected one of {', '.join(t for t in TABLES if t != 'tags')}")
     rows = run.read(name)
-    rows = rows.sort_by([(key, "ascending") for key in TABLES[name].key]).combine_chunks()
+    rows = rows.sort_by(TABLES[name].order).combine_chunks()
     if output:
         _write_table(rows, Path(os.path.abspath(output)))
         print(output)

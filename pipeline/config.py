@@ -98,6 +98,12 @@ class SplitConfig(Section):
         "train", description="documents marked dev join the training folds, or are unused"
     )
     seed: int = Field(0, ge=0, le=MAX_SEED, description="of the hash that draws test documents and folds")
+    near_duplicates: float = Field(
+        0.9,
+        ge=0,
+        le=1,
+        description="similarity from which on a test text is told to be that of a training text; 0: none is looked for",
+    )
 
 
 class FeaturizeConfig(Section):
@@ -149,6 +155,9 @@ class TrainConfig(Section):
     labels_per_block: PositiveInt = Field(32, le=100_000, description="labels of one task, on average")
     warm_start: str = Field("", description="earlier run whose models the solver starts from; same vocabulary")
     max_failed: int = Field(0, ge=0, description="labels that may fail before the run stops with exit code 65")
+    suspicious: int = Field(
+        3, ge=0, le=1_000, description="documents a label, not labelled and labelled, whose gold its scores doubt most"
+    )
     budget: float = Field(
         0, ge=0, description="seconds after which no further labels are begun; those left get a constant; 0: no limit"
     )

@@ -17,12 +17,17 @@ class Stage(NamedTuple):
 
 FIT = (
     Stage("ingest", (), ("documents", "labels", "rejects"), "read, check and order the documents"),
-    Stage("split", ("documents", "labels"), ("folds", "label_support"), "give every document its fold"),
+    Stage(
+        "split",
+        ("documents", "labels"),
+        ("folds", "label_support", "near_duplicates", "label_relations"),
+        "give every document its fold",
+    ),
     Stage("featurize", ("documents", "folds"), ("vocabulary", "features"), "turn text into TF-IDF rows"),
     Stage(
         "train",
         ("documents", "folds", "labels", "label_support", "vocabulary", "features"),
-        ("label_models", "curves", "histograms", "weights"),
+        ("label_models", "curves", "histograms", "suspicious", "weights"),
         "one sigmoid model a label, with out-of-fold curves",
     ),
     Stage(
@@ -43,6 +48,9 @@ FIT = (
             "weights",
             "thresholds",
             "rules.json",
+            "near_duplicates",
+            "label_relations",
+            "suspicious",
         ),
         ("label_counts", "test_documents", "confusions", "metrics.json", "report.html"),
         "count true and false tags on the test fold",

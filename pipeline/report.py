@@ -98,6 +98,7 @@ def render(
     facts: dict,
     rules: dict | None = None,
     confusions: pa.Table | None = None,
+    problems: dict | None = None,
 ) -> str:
     """The page.
 
@@ -107,6 +108,7 @@ def render(
     rules: what rules between labels changed: {"before": {metric: value}, "after": ..., "changes": {kind: {"added",
         "removed"}}}.
     confusions: the table of that name; the most frequent pairs are shown.
+    problems: see `stages.problems.data_problems`.
     examples: [{"doc_id", "text", "gold": [...], "tags": [{"label", "probability"}]}].
     """
     frequent, lowest = label_rows(label_counts)
@@ -138,6 +140,7 @@ def render(
             rules=rules,
             support_groups=metrics.get("groups"),
             instead=[] if confusions is None else confusions.sort_by(FREQUENT_PAIRS)[:PAIRS].to_pylist(),
+            problems=problems,
             chips=CHIPS,
             most_alike=LOOK_ALIKES,
         )

@@ -6,12 +6,19 @@ import pyarrow as pa
 
 
 class Table(NamedTuple):
-    """A table of a run.  `key` orders an export and holds no value twice."""
+    """A table of a run.  `key` orders an export and holds no value twice; `largest_first` goes before it, if given."""
 
     name: str
     sentence: str
     key: tuple[str, ...]
     schema: pa.Schema
+    largest_first: str = ""
+
+    @property
+    def order(self) -> list[tuple[str, str]]:
+        """Columns by which an export is sorted, each with `ascending` or `descending`."""
+        first = [(self.largest_first, "descending")] if self.largest_first else []
+        return first + [(name, "ascending") for name in self.key]
 
 
 # null: not given, not defined, or never
@@ -35,9 +42,9 @@ _NULLABLE = {
 }
 
 
-def _table(name, sentence, key, **columns):
+def _table(name, sentence, key, largest_first="", **columns):
     fields = [pa.field(column, kind, nullable=column in _NULLABLE) for column, kind in columns.items()]
-    return Table(name, sentence, key, pa.schema(fields))
+    return Table(name, sentence, key, pa.schema(fields), largest_first)
 
 
 _int, _long, _real, _float, _text = pa.int32(), pa.int64(), pa.float64(), pa.float32(), pa.string()
@@ -168,6 +175,46 @@ TABLES = {
             log_loss_after=_real,
             ece_before=_real,
             ece_after=_real,
+        ),
+        _table(
+            "suspicious",
+            "Training documents whose gold the out-of-fold scores doubt, largest doubt first: kind missing (not "
+            "labelled, high score) or wrong (labelled, low score); `probability` is that of the label.",
+            ("label_id", "row"),
+            largest_first="doubt",
+            label_id=_int,
+            label=_text,
+            row=_long,
+            doc_id=_text,
+            kind=_text,
+            score=_real,
+            probability=_real,
+            doubt=_real,
+        ),
+        _table(
+            "near_duplicates",
+            "Test documents whose text is nearly that of a training document, with the most similar one, most similar "
+            "first; similarity is Jaccard's, of runs of three words.",
+            ("row",),
+            largest_first="similarity",
+            row=_long,
+            doc_id=_text,
+            other_row=_long,
+            other_doc_id=_text,
+            similarity=_real,
+        ),
+        _table(
+            "label_relations",
+            "Labels that depend on another one in every document: `label` implies `other`, is on the same documents, "
+            "or excludes it while every document carries one of the two; the most documents first.",
+            ("label_id", "other_id"),
+            largest_first="documents",
+            label_id=_int,
+            label=_text,
+            other_id=_int,
+            other=_text,
+            kind=_text,
+            documents=_long,
         ),
         _table(
             "label_counts",

@@ -9,7 +9,8 @@ import functools
 import numpy as np
 from numba import njit
 
-_OFFSET, _PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)  # FNV-1a
+FNV_OFFSET, FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)  # FNV-1a
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # odd, bits without a pattern: 2^64 over the golden ratio
 
 
 @functools.cache
@@ -19,7 +20,7 @@ def word_characters() -> np.ndarray:
 
 
 @njit(cache=True, nogil=True)
-def _code_point(data, at, stop):
+def code_point(data, at, stop):
     """The code point that starts at `at` and its length in bytes; valid UTF-8 is assumed."""
     b = np.int64(data[at])
     if b < 0x80:
@@ -36,7 +37,7 @@ def _code_point(data, at, stop):
 
 
 @njit(cache=True, nogil=True)
-def _mixed(h):
+def mixed(h):
     """Spread the bits of a hash (the finaliser of MurmurHash3)."""
     h ^= h >> np.uint64(33)
     h *= np.uint64(0xFF51AFD7ED558CCD)
@@ -70,22 +71,22 @@ def tokenize(data, offsets, words, ngrams):
         at, stop = offsets[i], offsets[i + 1]
         before = 0  # tokens of this document so far
         while at < stop:
-            point, width = _code_point(data, at, stop)
+            point, width = code_point(data, at, stop)
             if not words[point]:
                 at += width
                 continue
-            start, points, h = at, 0, _OFFSET
+            start, points, h = at, 0, FNV_OFFSET
             while at < stop:
-                point, width = _code_point(data, at, stop)
+                point, width = code_point(data, at, stop)
                 if not words[point]:
                     break
                 for k in range(at, at + width):
-                    h = (h ^ np.uint64(data[k])) * _PRIME
+                    h = (h ^ np.uint64(data[k])) * FNV_PRIME
                 at += width
                 points += 1
             if points < 2:
                 continue
-            h = _mixed(h)
+            h = mixed(h)
             last_hash[before % 3], last_start[before % 3] = h, start
             before += 1
             hashes[count], starts[count], lengths[count] = h, start, at - start
@@ -94,7 +95,7 @@ def tokenize(data, offsets, words, ngrams):
                 # from the oldest token of the run to this one, so that the order of the tokens matters
                 whole = np.uint64(run)
                 for back in range(run - 1, -1, -1):
-                    whole = _mixed(whole * np.uint64(0x9E3779B97F4A7C15) + last_hash[(before - 1 - back) % 3])
+                    whole = mixed(whole * GOLDEN + last_hash[(before - 1 - back) % 3])
                 first = last_start[(before - run) % 3]
                 hashes[count], starts[count], lengths[count] = whole, first, at - first
                 count += 1

@@ -100,11 +100,11 @@ def gold_scores(chunk: Chunk, decisions: Decisions) -> tuple[np.ndarray, np.ndar
 
 def count_negatives(chunk: Chunk, decisions: Decisions, label_cuts: Cuts, pooled_cuts: Cuts) -> dict:
     """Negatives of one chunk between the cuts of the curves, by label and pooled."""
-    Z, *gold = _log_odds(chunk, decisions)
+    Z, gold_indptr, gold_labels = _log_odds(chunk, decisions)
     sums: dict[str, np.ndarray] = {}
     for prefix, cuts in (("", label_cuts), ("pooled_", pooled_cuts)):
         between, equal = ranking.no_negatives(cuts)
-        ranking.count_negatives(Z, *gold, cuts, between, equal)
+        ranking.count_negatives(Z, gold_indptr, gold_labels, cuts, between, equal)
         sums |= {f"{prefix}between": between, f"{prefix}equal": equal}
     return sums
 

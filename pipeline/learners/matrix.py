@@ -1,6 +1,6 @@
 """The training matrix of a host: built once, memory-mapped by every worker on it.
 
-    features, folds, documents (labels)  ->  indptr, indices, data, squares, fold, gold  (one .npy each)
+    features, folds, documents (labels)  ->  indptr, indices, data, squares, fold, gold  (one .npy each), names
 
 One process builds, under a lock; the others wait and map.  The folder is named by the fingerprint of its content, so a
 later run with the same features finds it again and a different one never mixes with it.
@@ -21,9 +21,11 @@ from pipeline.errors import DataError
 from pipeline.host import alone
 from pipeline.kernels.lockstep import Rows, row_squares
 from pipeline.learners.ovr import Gold, Start
+from pipeline.tables import TABLES
 
 ARRAYS = ("indptr", "indices", "data", "squares", "fold", "gold_indptr", "gold_rows")
 START = ("start_indptr", "start_indices", "start_weights", "start_bias")
+NAMES = "names.arrow"  # row and doc_id of every training row, a record batch for each part of `documents`
 
 
 def host_folder(cache_dir: str, key: str) -> Path:
@@ -80,6 +82,7 @@ def build(folder: Path, feature_files, fold_files, document_files, labels: list[
     np.save(folder / "indptr.npy", np.cumsum(np.concatenate(lengths)))
     np.save(folder / "squares.npy", np.concatenate(squares or [np.empty(0, np.float32)]))
     np.save(folder / "fold.npy", fold[training].astype(np.int8))
+    write_names(folder, document_files, training)
     gold_indptr, gold_rows = gold_by_label(document_files, labels, training)
     np.save(folder / "gold_indptr.npy", gold_indptr)
     np.save(folder / "gold_rows.npy", gold_rows)
@@ -118,6 +121,31 @@ def add_start(folder: Path, model_files, names: list[str], earlier_names: list[s
         pieces = [np.empty(0, dtype), *(found[label_id][k] for label_id in sorted(found))]
         np.save(folder / f"{name}.npy", np.concatenate(pieces).astype(dtype))
     np.save(folder / "start_bias.npy", np.array(bias, np.float32))
+
+
+def write_names(folder: Path, document_files, kept: np.ndarray) -> None:
+    """Row and doc_id of the kept rows, for `named`."""
+    schema = pa.schema([TABLES["documents"].schema.field(name) for name in ("row", "doc_id")])
+    with pa.ipc.new_file(folder / NAMES, schema) as file:
+        for path in document_files:
+            part = pq.read_table(path, columns=schema.names)
+            part = part.filter(pa.array(kept[part["row"].to_numpy()])).cast(schema).combine_chunks()
+            file.write_table(part)
+
+
+def named(folder: Path, rows: np.ndarray) -> pa.Table:
+    """Row in `documents` and doc_id of some training rows, (m,) int64 in any order; only their pages are read."""
+    wanted, place = np.unique(rows, return_inverse=True)
+    found = []
+    with pa.memory_map(str(folder / NAMES)) as source:
+        file = pa.ipc.open_file(source)
+        first = 0
+        for number in range(file.num_record_batches):
+            batch = file.get_batch(number)
+            here = wanted[slice(*np.searchsorted(wanted, [first, first + batch.num_rows]))]
+            found.append(batch.take(pa.array(here - first)))
+            first += batch.num_rows
+        return pa.Table.from_batches(found, file.schema).take(pa.array(place))
 
 
 def gold_by_label(document_files, labels: list[str], kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

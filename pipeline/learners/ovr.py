@@ -1,6 +1,6 @@
-"""One-vs-rest: a block of labels -> their models, curves and histograms.
+"""One-vs-rest: a block of labels -> their models, curves and histograms, and the gold that their scores doubt.
 
-    block of labels + X, folds, positives  ->  label_models, curves, histograms
+    block of labels + X, folds, positives  ->  label_models, curves, histograms, suspicious
 
 Labels are solved in groups of sixteen: once for the final models, once for every fold left out, all lanes of a group
 leaving out the same fold, so that rows of that fold cost nothing.  Where train.C or train.positive_weight is a list, a
@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from scipy.special import expit
 
 from pipeline.host import alone
 from pipeline.kernels import calibration, curves, lanes, lockstep, pruning
@@ -28,6 +29,10 @@ log = logging.getLogger(__name__)
 
 POOLED = -1  # `fold` of a curve over all folds
 LEAST_NEGATIVES = 1_000  # of a label whose negatives are sampled
+
+# `row` counts the training rows here; who calls knows their names
+SUSPICIOUS = pa.schema([field for field in TABLES["suspicious"].schema if field.name not in ("label", "doc_id")])
+SCHEMAS = {name: TABLES[name].schema for name in ("label_models", "curves", "histograms")} | {"suspicious": SUSPICIOUS}
 
 
 class Gold(NamedTuple):
@@ -125,11 +130,12 @@ def fit_block(
         after_group: called with the labels of each group and its seconds.
 
     Returns:
-        Tables label_models, curves and histograms with one row a label (and fold).  A label without positives or
-        without negatives gets a constant model; one that fails gets a row with the cause in `status`.
+        Tables label_models, curves and histograms with one row a label (and fold), and `suspicious` without the
+        columns label and doc_id, whose row counts the training rows.  A label without positives or without negatives
+        gets a constant model; one that fails gets a row with the cause in `status`.
     """
     extras = extras or Extras.plain(gold.indptr.size - 1)
-    rows: tuple[list[dict], ...] = ([], [], [])
+    rows: tuple[list[dict], ...] = ([], [], [], [])
     inside = np.ones(X.size, bool) if cfg.sample == 1 else lanes.sample(X.size, np.uint64(cfg.seed), cfg.sample)
     trained = inside if cfg.folds else inside & (gold.fold != 0)
     used = int(np.count_nonzero(trained))
@@ -149,14 +155,14 @@ def fit_block(
             for into, part in zip(rows, _isolated(solvable, X, gold, cfg, extras, start, inside), strict=True):
                 into.extend(part)
         after_group(group, time.perf_counter() - began)
-    return {name: _table(name, part) for name, part in zip(("label_models", "curves", "histograms"), rows, strict=True)}
+    return {name: _table(name, part) for name, part in zip(SCHEMAS, rows, strict=True)}
 
 
 def _table(name: str, rows: list[dict]) -> pa.Table:
     """Rows in the order of their key; lists come as arrays and stay arrays."""
     rows = sorted(rows, key=lambda row: tuple(row[k] for k in TABLES[name].key))
     columns = []
-    for field in TABLES[name].schema:
+    for field in SCHEMAS[name]:
         values = [row[field.name] for row in rows]
         if pa.types.is_list(field.type):
             flat = np.concatenate([np.empty(0, field.type.value_type.to_pandas_dtype()), *values]).astype(
@@ -166,14 +172,14 @@ def _table(name: str, rows: list[dict]) -> pa.Table:
             columns.append(pa.ListArray.from_arrays(offsets, flat).cast(field.type))
         else:
             columns.append(pa.array(values, field.type))
-    return pa.Table.from_arrays(columns, schema=TABLES[name].schema)
+    return pa.Table.from_arrays(columns, schema=SCHEMAS[name])
 
 
 def failed_block(label_ids: Sequence[int], gold: Gold, cause: str) -> dict[str, pa.Table]:
     """The tables of a block that could not be solved at all: base rates, with the cause as status."""
     return {
         "label_models": constant_rows(sorted(label_ids), np.diff(gold.indptr), gold.fold.size, f"failed: {cause}"),
-        **{name: TABLES[name].schema.empty_table() for name in ("curves", "histograms")},
+        **{name: schema.empty_table() for name, schema in SCHEMAS.items() if name != "label_models"},
     }
 
 
@@ -213,7 +219,7 @@ def _isolated(group, X, gold, cfg, extras, start, inside):
         log.warning("labels %s failed together: %s: %s", group, type(error).__name__, error)
         if len(group) == 1:
             model = _constant(group[0], gold.positives(group[0]).size, X.size, _cause(error))
-            return [model], [], []
+            return [model], [], [], []
     alone = [_isolated([label_id], X, gold, cfg, extras, start, inside) for label_id in group]
     return tuple(list(itertools.chain.from_iterable(part)) for part in zip(*alone, strict=True))
 
@@ -251,7 +257,7 @@ def _fit_group(group, X, gold, cfg, extras, start, inside):
             quality = [QUALITIES[cfg.choose](fitted.held[:, j], positive[j]) for j in range(len(group))]
             fitted = fitted._replace(quality=np.array(quality + [np.inf] * (LANES - len(group))))
         best = fitted if best is None else _better(best, fitted)
-    models, curve_rows, histogram_rows = [], [], []
+    models, curve_rows, histogram_rows, doubts = [], [], [], []
     trained = inside if cfg.folds else inside & (gold.fold != 0)
     used = int(np.count_nonzero(trained))
     columns = lockstep.nonzeros(best.W.ravel())
@@ -277,10 +283,16 @@ def _fit_group(group, X, gold, cfg, extras, start, inside):
                 "status": "ok" if best.solver_gap[j] <= cfg.gap else "not_converged",
             }
         )
-        for fold, rows in ((POOLED, slice(None)), *seen.items()):
+        pooled = _histogram_row(label_id, POOLED, own[j], positive[j])
+        curve_rows.append(_curve_row(label_id, POOLED, own[j], positive[j]))
+        histogram_rows.append(pooled)
+        for fold, rows in seen.items():
             curve_rows.append(_curve_row(label_id, fold, own[j, rows], positive[j, rows]))
             histogram_rows.append(_histogram_row(label_id, fold, own[j, rows], positive[j, rows]))
-    return models, curve_rows, histogram_rows
+        if cfg.suspicious:
+            counts = curves.bin_centres()[pooled["bin"]], pooled["positives"], pooled["negatives"]
+            doubts += suspicious(label_id, own[j], positive[j], held, counts, cfg.suspicious)
+    return models, curve_rows, histogram_rows, doubts
 
 
 def _better(best: _Fitted, other: _Fitted) -> _Fitted:
@@ -370,6 +382,52 @@ def best_f1_loss(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 QUALITIES = {"log_loss": calibrated_log_loss, "f1": best_f1_loss}
+
+
+def suspicious(
+    label_id: int,
+    scores: np.ndarray,
+    positive: np.ndarray,
+    rows: np.ndarray,
+    counts: tuple[np.ndarray, np.ndarray, np.ndarray],
+    most: int,
+) -> list[dict]:
+    """The rows whose gold the scores of a label doubt most, up to `most` of each kind, for the table `suspicious`.
+
+    Args:
+        scores (n,) float32 out of fold, positive (n,) bool, rows (n,) ascending.
+        counts: centres, positives and negatives of the bins of these scores.
+
+    Probabilities are those of Platt's map.  A row without the label is doubted (kind `missing`) where the label is
+    probable: above 0.5, and that is the doubt.  A row with the label (kind `wrong`) is doubted where the score makes
+    the label less probable than it is on average; the doubt leaves the base rate out, as if the label were on every
+    other document, because who gave a rare label had reasons that its base rate does not know.  Else every positive of
+    a label with too few of them to learn from would be doubted.  Of equal scores the smaller row comes first.
+    """
+    positives, negatives = (c.astype(np.float64) for c in counts[1:])
+    if positives.sum() == 0 or negatives.sum() == 0:
+        return []
+    a, b = calibration.platt(counts[0], positives, negatives)
+    prior = np.log(positives.sum() / negatives.sum())
+    found = []
+    for kind, gold, sign, base in (("missing", ~positive, 1, 0.0), ("wrong", positive, -1, prior)):
+        # as scores: there are many more rows than doubtful ones
+        places = np.flatnonzero(gold & (sign * scores > sign * (base - b) / a))
+        # stable: equal scores stay in the order of their rows
+        places = places[np.argsort(-sign * scores[places], kind="stable")[:most]]
+        logits = a * scores[places].astype(np.float64) + b
+        for i, probability, doubt in zip(places, expit(logits), expit(sign * (logits - base)), strict=True):
+            found.append(
+                {
+                    "label_id": label_id,
+                    "row": int(rows[i]),
+                    "kind": kind,
+                    "score": float(scores[i]),
+                    "probability": float(probability),
+                    "doubt": float(doubt),
+                }
+            )
+    return found
 
 
 def _curve_row(label_id, fold, scores, positive):

@@ -62,7 +62,7 @@ def blocks(label_groups: list[list[int]], costs: Sequence[float], count: int) ->
 
 
 def matrix_bytes(rows: int, nonzeros: int, assignments: int) -> int:
-    """Bytes of the mapped training matrix of a host."""
+    """Bytes of the mapped training matrix of a host; names, of which hardly a page is read, are not among them."""
     return MAPPED * nonzeros + 13 * rows + 4 * assignments
 
 

@@ -37,12 +37,17 @@ class Vocabulary(NamedTuple):
         return np.where(self.hashes[at] == hashes, self.ids[at], -1).astype(np.int32)
 
 
-def tokens_of(texts: pa.Array, ngrams: int):
-    """Lower-case `texts` and find their terms.  Returns the bytes and what `kernels.text.tokenize` gives."""
+def lower_bytes(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Lower-case UTF-8 of n texts: data (bytes,) uint8 with at least one byte, offsets (n + 1,) int64."""
     lowered = pc.utf8_lower(texts.cast(pa.large_string()))
     _, offsets, data = lowered.buffers()
     offsets = np.frombuffer(offsets, np.int64)[lowered.offset : lowered.offset + len(lowered) + 1]
-    data = np.frombuffer(data, np.uint8) if data is not None and data.size else np.zeros(1, np.uint8)
+    return np.frombuffer(data, np.uint8) if data is not None and data.size else np.zeros(1, np.uint8), offsets
+
+
+def tokens_of(texts: pa.Array, ngrams: int):
+    """Lower-case `texts` and find their terms.  Returns the bytes and what `kernels.text.tokenize` gives."""
+    data, offsets = lower_bytes(texts)
     return data, text.tokenize(data, offsets, text.word_characters(), ngrams)
 
 

@@ -1,6 +1,6 @@
 """Evaluate.
 
-    features[test], label_models (as weights), thresholds, rules.json, documents (labels)
+    features[test], label_models (as weights), thresholds, rules.json, documents (labels), data problems
         ->  label_counts, test_documents, confusions, metrics.json, report.html
 
 Each task returns integers that add; Spark adds them and ratios are taken once, here.  Three passes over the test fold:
@@ -25,6 +25,7 @@ from pipeline.learners.label_rules import compiled, hierarchy_closure
 from pipeline.learners.tagger import Decisions, Weights
 from pipeline.stages import scores
 from pipeline.stages.parts import Outcome, rules_of, run_tasks
+from pipeline.stages.problems import data_problems
 from pipeline.stages.split import TEST
 from pipeline.store import Run, entry, replacing, write_bytes, write_part
 
@@ -116,6 +117,7 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
         facts=corpus_facts(run),
         rules=changed,
         confusions=instead,
+        problems=data_problems(run),
     )
     write_bytes(attempt / "report.html", page.encode())
     tables = {

@@ -1,6 +1,6 @@
 """Train.
 
-    features, folds, documents (labels)  ->  label_models, curves, histograms, weights
+    features, folds, documents (labels)  ->  label_models, curves, histograms, suspicious, weights
 
 One Spark job; a task is a block of labels.  The matrix is mapped once per host.  A block that is done has its marker,
 so a second run solves only what is missing; what a block holds depends on the data and the settings alone, never on who
@@ -28,10 +28,11 @@ from pipeline.learners.ovr import Extras, candidates, constant_rows, failed_bloc
 from pipeline.learners.tagger import Weights
 from pipeline.stages.parts import Outcome, hashes, run_tasks
 from pipeline.store import Run, digest, entry, sync_file, write_json, write_part
+from pipeline.tables import conform
 
 log = logging.getLogger(__name__)
 
-BLOCK_TABLES = ("label_models", "curves", "histograms")
+BLOCK_TABLES = ("label_models", "curves", "histograms", "suspicious")
 UNFINISHED = ("out_of_time", "not_selected")  # statuses of labels that were not begun
 
 
@@ -280,7 +281,8 @@ def summary(facts: dict, rows: dict) -> str:
     return (
         f"{anew}{rows['label_models']:,} labels in {blocks}{resumed}; {constant:,} constant, "
         f"{statuses.get('not_converged', 0):,} not converged{unfinished}, largest gap {facts['largest_gap']:.2g}, "
-        f"{facts['nonzero_weights']:,} weights ({shown_bytes(facts['model_bytes'])})"
+        f"{facts['nonzero_weights']:,} weights ({shown_bytes(facts['model_bytes'])}), "
+        f"{rows['suspicious']:,} suspicious gold labels"
     )
 
 
@@ -425,6 +427,7 @@ def _solver(shared, cfg):
             except Exception as error:
                 log.warning("block %d failed: %s: %s", number, type(error).__name__, error)
                 tables = failed_block(label_ids, gold, f"{type(error).__name__}: {error}")
+        tables["suspicious"] = named(tables["suspicious"], s["labels"], folder)
         statuses: dict[str, int] = {}
         for status in tables["label_models"]["status"].to_pylist():
             statuses[status] = statuses.get(status, 0) + 1
@@ -444,6 +447,14 @@ def _solver(shared, cfg):
         return facts
 
     return solve
+
+
+def named(doubts: pa.Table, labels: list[str], folder: Path) -> pa.Table:
+    """The table `suspicious` from the learner's, whose rows are those of the matrix in `folder`."""
+    names = matrix.named(folder, doubts["row"].to_numpy())
+    label = [labels[label_id] for label_id in doubts["label_id"].to_pylist()]
+    doubts = doubts.set_column(doubts.schema.get_field_index("row"), "row", names["row"])
+    return conform(doubts.append_column("doc_id", names["doc_id"]).append_column("label", [label]), "suspicious")
 
 
 def _build(folder, s):

@@ -16,15 +16,8 @@ from pipeline.tables import TABLES
 from tests.conftest import SMALL
 
 MODEL = (
-    "label_models",
-    "curves",
-    "histograms",
-    "thresholds",
-    "weights",
-    "vocabulary",
-    "label_counts",
-    "confusions",
-    "metrics.json",
+    *("near_duplicates", "label_relations", "vocabulary", "label_models", "curves", "histograms", "suspicious"),
+    *("weights", "thresholds", "label_counts", "confusions", "metrics.json"),
 )
 
 

@@ -1,6 +1,7 @@
 """The stage train: refits, budgets, warm starts, workers that die, hosts that are too small."""
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -8,14 +9,15 @@ import sys
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pyspark import TaskContext, cloudpickle
 
-from jobs import entry
+from jobs import entry, show
 from pipeline import config
 from pipeline.errors import ConfigError, DataError, InputError
 from pipeline.learners import placement
-from pipeline.stages import train
+from pipeline.stages import problems, train
 from pipeline.store import Run
 from tests.conftest import SMALL
 from tests.spark.test_fit import prints
@@ -346,3 +348,98 @@ def test_several_values_of_C_are_chosen_from_per_label(copy):
     assert set(chosen.values()) <= {0.01, 20.0}
     assert 20.0 in chosen.values()
     assert isinstance(run.read("label_models"), pa.Table)
+
+
+def suspected(run):
+    return {(r["label"], r["kind"], r["doc_id"]) for r in run.read("suspicious").to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory):
+    """A corpus in which words tell labels, but for four assignments."""
+    rng = np.random.default_rng(1)
+    documents = []
+    for i in range(240):
+        labels = [name for name in ("ants", "bees", "cats") if rng.random() < 0.4]
+        text = " ".join([f"{name} {name}talk" for name in labels] + [f"filler{k}" for k in rng.integers(0, 9, 5)])
+        documents.append(
+            {"doc_id": f"d{i}", "text": text, "labels": labels, "split": "test" if i % 5 == 4 else "train"}
+        )
+    planted = set()
+    for name, kind in (("ants", "missing"), ("ants", "wrong"), ("bees", "missing"), ("cats", "wrong")):
+        carries = kind == "missing"
+        row = next(
+            d for d in documents[20:] if d["split"] == "train" and (name in d["labels"]) == carries
+            and d["doc_id"] not in {p[2] for p in planted}
+        )  # fmt: skip
+        row["labels"] = [x for x in row["labels"] if x != name] if carries else sorted([*row["labels"], name])
+        planted.add((name, kind, row["doc_id"]))
+    path = tmp_path_factory.mktemp("mistaken") / "documents.parquet"
+    pq.write_table(pa.Table.from_pylist(documents), path)
+    return path, planted
+
+
+def test_errors_of_gold_are_found_by_document_and_whatever_the_parts(fit, mistaken, tmp_path):
+    path, planted = mistaken
+    runs = [
+        fit(path, *sets, run=tmp_path / f"run{k}")
+        for k, sets in enumerate((("spark.partitions=1",), ("spark.partitions=5",)))
+    ]
+    assert suspected(runs[0]) == planted
+    for run in runs:
+        ids = run.read("documents", ["doc_id"])["doc_id"].to_pylist()
+        fold = run.read("folds")["fold"].to_pylist()
+        names = run.read("labels", ["label"])["label"].to_pylist()
+        for r in run.read("suspicious").to_pylist():
+            assert (names[r["label_id"]], ids[r["row"]]) == (r["label"], r["doc_id"])
+            assert fold[r["row"]] >= 0
+            assert (r["probability"] > 0.5) == (r["kind"] == "missing")
+            assert 0.5 < r["doubt"] < 1
+    assert runs[0].read("suspicious").equals(runs[1].read("suspicious"))
+    assert f"{len(planted)} suspicious gold labels" in runs[0].manifest("train")["summary"]
+
+
+def test_problems_are_shown_the_most_doubtful_first(fit, mistaken, tmp_path, capsys):
+    run = fit(mistaken[0], "split.near_duplicates=0.3", run=tmp_path / "run")
+    capsys.readouterr()
+    show.table(run, "suspicious", None, True)
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["doubt"] for r in told] == sorted((r["doubt"] for r in told), reverse=True)
+    assert {(r["label"], r["kind"], r["doc_id"]) for r in told} == mistaken[1]
+    found = problems.data_problems(run)
+    documents = {r["doc_id"]: r for r in run.read("documents").to_pylist()}
+    for kind in ("missing", "wrong"):
+        mine = [r["doc_id"] for r in told if r["kind"] == kind]
+        assert [r["doc_id"] for r in found["suspicious"][kind]["rows"]] == mine
+        assert found["suspicious"][kind]["count"] == len(mine)
+    near = run.read("near_duplicates").to_pylist()
+    assert (found["near_duplicates"], found["among"], found["similarity"]) == (len(near), 48, 0.3)
+    assert found["equal"] == sum(r["similarity"] == 1 for r in near)
+    best = sorted(near, key=lambda r: (-r["similarity"], r["row"]))[: problems.SHOWN]
+    assert [(r["doc_id"], r["other_doc_id"]) for r in found["pairs"]] == [
+        (r["doc_id"], r["other_doc_id"]) for r in best
+    ]
+    assert best
+    for r in (*found["pairs"], *found["suspicious"]["wrong"]["rows"]):
+        document = documents[r["doc_id"]]
+        assert (r["text"], r["labels"]) == (document["text"][: problems.EXCERPT], document["labels"])
+    for r in found["pairs"]:
+        assert r["other_labels"] == documents[r["other_doc_id"]]["labels"]
+    assert all(r["doc_id"] in (run.root / "report.html").read_text() for r in told)
+
+
+def test_doubts_follow_refits_and_blocks_that_are_solved_again(fit, mistaken, tmp_path):
+    path, planted = mistaken
+    run = fit(path, run=tmp_path / "run")
+    whole = run.read("suspicious")
+    refitted = again(run, "train.suspicious=0", labels=["ants"])
+    assert suspected(refitted) == {p for p in planted if p[0] != "ants"}
+    assert refitted.damage("train") is None
+    assert (
+        again(fit(path, run=tmp_path / "other"), "train.suspicious=1", overwrite=True).read("suspicious").equals(whole)
+    )
+
+
+def test_no_doubts_where_none_are_asked_for(fit, mistaken):
+    run = fit(mistaken[0], "train.suspicious=0")
+    assert run.read("suspicious").num_rows == 0

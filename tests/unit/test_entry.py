@@ -344,7 +344,8 @@ def test_a_single_stage_builds_on_what_was_ingested(job):
 
 def test_settings_of_a_stage_are_its_own_without_limits():
     cfg = Config()
-    assert set(stage_settings("split", cfg)) == {"split.test", "split.dev", "split.seed", "train.folds", "train.dev"}
+    mine = {"test", "dev", "seed", "near_duplicates"}
+    assert set(stage_settings("split", cfg)) == {*(f"split.{name}" for name in mine), "train.folds", "train.dev"}
     assert not set(stage_settings("ingest", cfg)) & set(entry.LIMITS)
     assert set(stage_settings("register", cfg)) == {"mlflow.experiment", "mlflow.model", "mlflow.alias"}
     assert stage_settings("train", load(sets=["train.C=3"])[0])["train.C"] == 3.0

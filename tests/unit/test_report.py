@@ -128,6 +128,30 @@ def rendered(**changes):
     return report.render(**content | changes)
 
 
+def problems(text="a", **changes):
+    row = {"row": 1, "doc_id": text, "label_id": 0, "label": text, "text": text, "labels": [text]}
+    doubted = {"count": 11, "rows": [{**row, "score": 1.5, "probability": 0.25, "doubt": 0.75}]}
+    content = {
+        "near_duplicates": 7,
+        "among": 200,
+        "similarity": 0.9,
+        "equal": 2,
+        "pairs": [{**row, "other_row": 2, "other_doc_id": text, "other_labels": [text], "similarity": 0.9375}],
+        "multi_class": False,
+        "relations": 3,
+        "related": [{"label": text, "other": text, "kind": kind, "documents": 30} for kind in RELATED],
+        "suspicious": {"missing": doubted, "wrong": doubted},
+    }
+    return content | changes
+
+
+RELATED = {
+    "implies": "always comes with",
+    "same": "is on the same documents as",
+    "excludes": "is where there is no",
+}
+
+
 def everywhere(text):
     """`text` in every place that data can reach, except labels (Arrow has no lone surrogates)."""
     return rendered(
@@ -144,6 +168,7 @@ def everywhere(text):
         settings={text: text, "input.text": [text]},
         examples=[{"doc_id": text, "text": text, "gold": [text, "a"], "tags": [{"label": text, "probability": 0.5}]}],
         facts={text: text, "rejects": {text: 2}},
+        problems=problems(text),
     )
 
 
@@ -371,3 +396,28 @@ def test_no_look_alikes_no_section(quick):
 def test_long_text_is_cut_and_says_so():
     assert report.visible("x" * 300, limit=160) == "x" * 160 + '<i title="300 characters in all">…</i>'
     assert report.visible("x" * 160, limit=160) == "x" * 160
+
+
+def test_problems_of_the_data_are_told(quick):
+    page = Page(rendered(problems=problems("b")))
+    assert {"href": "#problems"} in page.all("a")
+    assert "7 of 200 test documents (3.5 %): at least 0.9 of all runs of three words" in page.text
+    assert "2 have all of them in common" in page.text
+    assert "3 pairs hold in every document of the corpus;" in page.text
+    assert all(meaning in page.text for meaning in RELATED.values())
+    assert "the 1 most doubtful of 11" in page.text
+    assert "exactly one label" not in page.text
+
+
+def test_problems_that_are_not_there_or_were_not_looked_for(quick):
+    none = {"count": 0, "rows": []}
+    nothing = problems(
+        near_duplicates=None, pairs=[], relations=0, related=[], multi_class=True,
+        suspicious={"missing": none, "wrong": none},
+    )  # fmt: skip
+    text = Page(rendered(problems=nothing)).text
+    assert "Not looked for: split.near_duplicates is 0" in text
+    assert text.count("None.") == 3
+    assert "Every document carries exactly one label" in text
+    assert "0 of 200 test documents (0.0 %)" in Page(rendered(problems={**nothing, "near_duplicates": 0})).text
+    assert "Data problems" not in Page(rendered(problems={})).text

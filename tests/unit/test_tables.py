@@ -33,6 +33,13 @@ def test_every_key_is_among_the_columns_and_never_null():
         assert table.sentence.endswith("."), name
 
 
+def test_an_export_has_the_largest_first_where_a_table_says_so():
+    assert TABLES["labels"].order == [("label_id", "ascending")]
+    assert TABLES["suspicious"].order == [("doubt", "descending"), ("label_id", "ascending"), ("row", "ascending")]
+    for table in TABLES.values():
+        assert {name for name, _ in table.order} <= set(table.schema.names)
+
+
 def test_no_column_is_null_unless_reviewed():
     found = {(name, f.name) for name, table in TABLES.items() for f in table.schema if f.nullable}
     assert found == NULLABLE

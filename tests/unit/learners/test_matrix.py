@@ -24,7 +24,7 @@ def write(folder: Path, parts: int, n: int = 60_000):
     gold = [["a"] if i % 3 == 0 else ["b", "a"] if i % 5 == 0 else [] for i in range(n)]
     lists = [pa.ListArray.from_arrays(pa.array(offsets), pa.array(x)) for x in (indices, values)]
     row = pa.array(np.arange(n))
-    text = pa.array([""] * n)
+    text = pa.array([f"d{i}" for i in range(n)])
     tables = {
         "features": pa.table([row, *lists], schema=TABLES["features"].schema),
         "folds": pa.table({"row": row, "fold": fold}),
@@ -67,6 +67,16 @@ def test_arrays_are_those_of_the_training_rows(tmp_path):
     for j, label in enumerate(["a", "b"]):
         assert Y.positives(j).tolist() == [i for i, row in enumerate(kept) if label in gold[row]]
     assert Y.fold.tolist() == fold[kept].tolist()
+
+
+@pytest.mark.parametrize("parts", [1, 7])
+def test_rows_of_the_matrix_have_the_names_of_their_documents(tmp_path, parts):
+    *files, _, _, fold, _ = write(tmp_path, parts, n=500)
+    built(tmp_path / "m", *files)
+    kept = np.flatnonzero(fold >= 0)
+    for rows in ([5, 0, 5, kept.size - 1], [], range(kept.size)[::-1]):
+        found = matrix.named(tmp_path / "m", np.array(rows, np.int64)).to_pydict()
+        assert found == {"row": [kept[i] for i in rows], "doc_id": [f"d{kept[i]}" for i in rows]}
 
 
 def _open(folder, log, queue):

@@ -10,13 +10,14 @@ from sklearn.svm import LinearSVC
 
 from pipeline.config import TrainConfig
 from pipeline.kernels import lanes, lockstep, pruning
-from pipeline.kernels.calibration import MIN_SLOPE
-from pipeline.kernels.curves import BINS, bin_centres
+from pipeline.kernels.calibration import MIN_SLOPE, platt
+from pipeline.kernels.curves import BINS, bin_centres, histogram
 from pipeline.kernels.simd import LANES
 from pipeline.learners import ovr
 from pipeline.learners.ovr import (
     LEAST_NEGATIVES,
     POOLED,
+    SUSPICIOUS,
     Candidate,
     Extras,
     Gold,
@@ -30,6 +31,7 @@ from pipeline.learners.ovr import (
     group_lanes,
     groups,
     left_out,
+    suspicious,
 )
 from pipeline.tables import TABLES
 from tests.problems import rows_of
@@ -326,9 +328,10 @@ def test_a_block_that_failed_has_base_rates_and_the_cause():
     _, Y, fold = problem(L=5)
     tables = failed_block([4, 1], gold_of(Y, fold), "OSError: disk")
     assert {name: table.schema for name, table in tables.items()} == {
-        name: TABLES[name].schema for name in ("label_models", "curves", "histograms")
+        **{name: TABLES[name].schema for name in ("label_models", "curves", "histograms")},
+        "suspicious": SUSPICIOUS,
     }
-    assert tables["curves"].num_rows == tables["histograms"].num_rows == 0
+    assert tables["curves"].num_rows == tables["histograms"].num_rows == tables["suspicious"].num_rows == 0
     rows = tables["label_models"].to_pylist()
     assert [row["label_id"] for row in rows] == [1, 4]
     for row in rows:
@@ -814,3 +817,119 @@ def test_kernels_are_compiled_once_a_process(tmp_path, monkeypatch):
     assert ovr.warm_up(tmp_path, TrainConfig()) == 0
     assert [table["status"].to_pylist()[0] for table in (calls[0]["label_models"],)] != ["no_positives"]
     assert len(calls) == 1
+
+
+# -- doubtful gold -----------------------------------------------------------------------------------------------------
+
+
+def counts_of(scores, positive):
+    return bin_centres(), *histogram(scores, positive)
+
+
+def doubts_slowly(scores, positive, rows, most):
+    """Most doubtful first, by the whole list of rows."""
+    a, b = platt(bin_centres(), *(c.astype(float) for c in histogram(scores, positive)))
+    p = 1 / (1 + np.exp(-(a * scores.astype(float) + b)))
+    share = positive.mean()
+    against = p / share * (1 - share) / (1 - p)  # how much more often positives have such a score than negatives
+    found = []
+    for kind, doubt, mine in (("missing", p, ~positive), ("wrong", 1 / (1 + against), positive)):
+        order = sorted(np.flatnonzero(mine), key=lambda i: (-doubt[i], rows[i]))
+        found += [(kind, int(rows[i]), p[i], doubt[i]) for i in order[:most] if doubt[i] > 0.5]
+    return found
+
+
+@pytest.mark.parametrize("most", [1, 3, 500])
+@pytest.mark.parametrize("seed", range(4))
+def test_doubts_are_the_rows_whose_gold_is_least_credible(seed, most):
+    rng = np.random.default_rng(seed)
+    positive = rng.random(300) < 0.3
+    scores = np.round(rng.normal(np.where(positive, 1, -1), 1.2), 1).astype(np.float32)  # with ties
+    rows = np.sort(rng.choice(1000, 300, replace=False))
+    found = suspicious(7, scores, positive, rows, counts_of(scores, positive), most)
+    expected = doubts_slowly(scores, positive, rows, most)
+    assert [(f["kind"], f["row"]) for f in found] == [(kind, row) for kind, row, *_ in expected]
+    assert_allclose([f["probability"] for f in found], [p for *_, p, _ in expected], rtol=1e-6)
+    assert_allclose([f["doubt"] for f in found], [doubt for *_, doubt in expected], rtol=1e-6)
+    assert all(f["label_id"] == 7 and f["doubt"] > 0.5 for f in found)
+    assert {f["kind"] for f in found} == {"missing", "wrong"}
+    by_row = dict(zip(rows.tolist(), scores.tolist(), strict=True))
+    assert all(f["score"] == by_row[f["row"]] for f in found)
+
+
+def test_scores_that_agree_with_gold_are_not_doubted():
+    positive = np.arange(100) < 30
+    scores = np.where(positive, 2, -2).astype(np.float32)
+    assert suspicious(0, scores, positive, np.arange(100), counts_of(scores, positive), 3) == []
+
+
+@pytest.mark.parametrize("positive", [np.zeros(100, bool), np.ones(100, bool)])
+def test_gold_of_one_kind_is_not_doubted(positive):
+    scores = np.linspace(-3, 3, 100).astype(np.float32)
+    assert suspicious(0, scores, positive, np.arange(100), counts_of(scores, positive), 3) == []
+
+
+def test_a_positive_that_is_merely_rare_is_not_doubted():
+    """Its probability is small, but larger than that of other documents."""
+    scores = np.linspace(-1.2, -0.9, 10_000).astype(np.float32)
+    positive = np.arange(10_000) == 9_000
+    assert suspicious(0, scores, positive, np.arange(10_000), counts_of(scores, positive), 3) == []
+
+
+def mistaken(n=300, L=3, errors=2, folds=3):
+    """A separable problem, and its gold with `errors` taken from each label and as many added."""
+    rng = np.random.default_rng(5)
+    X = rng.random((n, 4 * L)) * 0.2
+    Y = rng.random((n, L)) < 0.4
+    X[:, :L] += Y
+    X[:, -1] = 1  # so that unit length changes little
+    fold = rng.integers(0, folds, n)
+    X /= np.linalg.norm(X, axis=1, keepdims=True)
+    wrong, planted = Y.copy(), set()
+    for j in range(L):
+        for kind, rows in (("missing", np.flatnonzero(Y[:, j])), ("wrong", np.flatnonzero(~Y[:, j]))):
+            for row in rng.choice(rows, errors, replace=False):
+                wrong[row, j] ^= True
+                planted.add((j, kind, int(row)))
+    return X, Y, wrong, fold, planted
+
+
+def told_of(table):
+    return {(r["label_id"], r["kind"], r["row"]) for r in table.to_pylist()}
+
+
+@pytest.mark.parametrize("loss", ["logistic", "squared_hinge"])
+def test_planted_errors_of_gold_are_found(loss):
+    X, Y, wrong, fold, planted = mistaken()
+    assert told_of(fit(X, wrong, fold, suspicious=2, loss=loss, C=1.0)["suspicious"]) == planted
+    assert told_of(fit(X, Y, fold, suspicious=2, loss=loss, C=1.0)["suspicious"]) == set()
+
+
+def test_doubts_are_out_of_fold():
+    # features of their own, by which a model that saw a row would believe any gold of it
+    X, _, wrong, fold, planted = mistaken()
+    own = np.hstack([X, 3 * np.eye(len(X))])
+    assert planted <= told_of(fit(own, wrong, fold, suspicious=20, C=100.0)["suspicious"])
+
+
+def test_with_folds_0_only_rows_held_out_are_doubted():
+    X, _, wrong, fold, planted = mistaken()
+    held = told_of(fit(X, wrong, fold, folds=0, suspicious=5, C=1.0)["suspicious"])
+    assert held
+    assert {row for *_, row in held} <= set(np.flatnonzero(fold == 0))
+    assert {p for p in planted if fold[p[2]] == 0} <= held
+
+
+def test_none_are_kept_where_none_are_asked_for():
+    X, _, wrong, fold, _ = mistaken()
+    table = fit(X, wrong, fold, suspicious=0)["suspicious"]
+    assert (table.num_rows, table.schema) == (0, SUSPICIOUS)
+
+
+def test_doubts_are_in_the_order_of_their_key_and_those_of_a_label_alone():
+    X, _, wrong, fold, _ = mistaken()
+    whole = fit(X, wrong, fold, C=1.0)["suspicious"]
+    keys = [(r["label_id"], r["row"]) for r in whole.to_pylist()]
+    assert keys == sorted(set(keys))
+    alone = fit(X, wrong, fold, labels=[1], C=1.0)["suspicious"]
+    assert told_of(alone) == {t for t in told_of(whole) if t[0] == 1}
