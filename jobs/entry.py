@@ -33,7 +33,7 @@ SETTINGS = {
     "split": ("split", "train.folds", "train.dev"),
     "featurize": ("featurize",),
     "train": ("train",),
-    "calibrate": ("calibrate",),
+    "calibrate": ("calibrate", "evaluate.if_undefined"),  # what the rule samples_f1 takes 0/0 for
     "evaluate": ("evaluate",),
     "register": ("mlflow.experiment", "mlflow.model", "mlflow.alias"),
 }

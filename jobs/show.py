@@ -154,12 +154,14 @@ def _stage_grid(out, manifests):
 def thresholds(run: Run, cfg: configuration.Config, as_json: bool) -> None:
     """What each rule would give on documents it was not chosen on, from the stored curves."""
     from pipeline.learners.decide import side_by_side
+    from pipeline.learners.document_rules import BY_DOCUMENT, DocumentRule
     from pipeline.stages.calibrate import known_of
 
     known = known_of(run, cfg)
     rules = side_by_side(known, cfg.calibrate)
     if as_json:
-        print(json.dumps({"rules": rules, "cross_fitted": known.maps.out_of_fold}, indent=1))
+        found = {"rules": rules, "cross_fitted": known.maps.out_of_fold, "by_document": BY_DOCUMENT}
+        print(json.dumps(found, indent=1))
         return
     support = known.pooled.support()
     documents, tags = int(known.pooled.rows().max(initial=0)), int(support.sum())
@@ -181,6 +183,12 @@ def thresholds(run: Run, cfg: configuration.Config, as_json: bool) -> None:
     out.print(
         f"macro F1 is over {int((support > 0).sum()):,} labels with a positive, and over all {support.size:,}; "
         "* is the rule of the run",
+        highlight=False,
+    )
+    # the curves hold labels, not documents
+    also = "" if DocumentRule.of(cfg.calibrate, 0).plain else ", and so do at_least_one and at_most, which are left out"
+    out.print(
+        f"{' and '.join(BY_DOCUMENT)} need whole documents{also}: try them with `tagmill calibrate`, which evaluates",
         highlight=False,
     )
     out.print(f"choose one: tagmill calibrate --run {run.root} --set calibrate.rule=NAME", highlight=False)

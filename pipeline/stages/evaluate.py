@@ -1,6 +1,7 @@
 """Evaluate.
 
-    features[test], label_models (as weights), thresholds, rules.json, documents (labels)
+    features[test], label_models (as weights), thresholds, rules.json, decision.json,
+    documents (labels)
         ->  label_counts, metrics.json, report.html
 
 Each task returns integers that add; Spark adds them and ratios are taken once, here.  Curves take two passes: the first
@@ -20,7 +21,7 @@ from pipeline.kernels.hierarchy import KINDS, hierarchical_metrics
 from pipeline.learners import judge
 from pipeline.learners.label_rules import compiled, hierarchy_closure
 from pipeline.learners.tagger import Decisions, Weights
-from pipeline.stages.parts import Outcome, rules_of, run_tasks
+from pipeline.stages.parts import Outcome, decision_of, rules_of, run_tasks
 from pipeline.stages.split import TEST
 from pipeline.store import Run, entry, replacing, write_bytes, write_part
 
@@ -43,6 +44,7 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
             "weights": str(run.files("weights")[0].parent),
             "thresholds": run.read("thresholds"),
             "rules": compiled(rules, names) if rules else None,
+            "document": decision_of(run),
             "closure": closure,
             "propensity": propensity,
             "if_undefined": float(cfg.evaluate.if_undefined),
@@ -74,7 +76,7 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
     card = {
         "metrics": metrics,
         "intervals": {},
-        "conventions": conventions(cfg),
+        "conventions": conventions(cfg) | decision_of(run).conventions(),
         "counts": {
             "documents": n,
             "labels": len(names),
@@ -213,7 +215,7 @@ EXAMPLE_CHARACTERS = 600
 
 def _judge_part(shared, paths):
     s = shared.value
-    weights, decisions = _weights(s["weights"]), Decisions.from_table(s["thresholds"], s["rules"])
+    weights, decisions = _weights(s["weights"]), Decisions.from_table(s["thresholds"], s["rules"], s["document"])
     sums, scored = [], []
     for chunk in judge.chunks(*map(Path, paths), s["labels"], TEST):
         part, pairs = judge.judge(chunk, weights, decisions, s["propensity"], s["if_undefined"], s["closure"])
@@ -228,7 +230,7 @@ def _judge_part(shared, paths):
 
 def _negatives_of_part(shared, curves, paths):
     s = shared.value
-    weights, decisions = _weights(s["weights"]), Decisions.from_table(s["thresholds"], s["rules"])
+    weights, decisions = _weights(s["weights"]), Decisions.from_table(s["thresholds"], s["rules"], s["document"])
     return judge.added(
         [
             judge.count_negatives(chunk, weights, decisions, *curves.value)

@@ -251,7 +251,7 @@ def test_max_tags_is_a_setting(folder):
 
 def test_every_file_of_the_tagger_is_checked(folder):
     names = sorted(p.name for p in folder.iterdir() if p.name != "tagger.json")
-    assert len(names) == 8
+    assert len(names) == 9
     for name in names:
         path = folder / name
         whole = path.read_bytes()
