@@ -160,8 +160,8 @@ def thresholds(run: Run, cfg: configuration.Config, as_json: bool) -> None:
     known = known_of(run, cfg)
     rules = side_by_side(known, cfg.calibrate)
     if as_json:
-        found = {"rules": rules, "cross_fitted": known.maps.out_of_fold, "by_document": BY_DOCUMENT}
-        print(json.dumps(found, indent=1))
+        value = {"rules": rules, "cross_fitted": known.maps.out_of_fold, "by_document": BY_DOCUMENT}
+        print(json.dumps(value, indent=1))
         return
     support = known.pooled.support()
     documents, tags = int(known.pooled.rows().max(initial=0)), int(support.sum())

@@ -185,7 +185,7 @@ class CalibrateConfig(Section):
         "f_beta", "precision", "recall", "cost", "youden", "otsu", "pcut", "fixed",
         "global", "budget", "joint",
         "rcut", "samples_f1",
-    ] = Field("f_beta", description="objective of the cuts, by label, across labels (2nd row) or by document (3rd)")  # fmt: skip
+    ] = Field("f_beta", description="objective of the cuts: by label, across labels, by document")  # fmt: skip
     beta: PositiveFloat = Field(
         1.0, le=100, description="of rule f_beta: recall counts beta times as much as precision"
     )

@@ -1,6 +1,6 @@
 """Decisions by document: how many of its most probable labels are said.
 
-Nothing here allocates documents x labels x labels: what depends on the number of tags is computed for the few dozen most
+Nothing here is documents x labels x labels: what depends on the number of tags is computed for the few dozen most
 probable labels of a document, and what is left of it counts as one Poisson variable.
 """
 
@@ -67,11 +67,9 @@ def _reciprocals(mean, s):
     """s[x] = E 1 / (x + T) of a Poisson variable T, for x = 1, 2, ...; s[0] is left at 0."""
     s[:] = 0.0
     spread = 12.0 * math.sqrt(mean) + 24.0
+    logarithm = math.log(max(mean, 1e-300))
     for t in range(max(0, int(mean - spread)), int(mean + spread) + 1):
-        if mean > 0.0:
-            weight = math.exp(t * math.log(mean) - mean - math.lgamma(t + 1.0))
-        else:
-            weight = 1.0 if t == 0 else 0.0
+        weight = math.exp(t * logarithm - mean - math.lgamma(t + 1.0))
         if weight < 1e-18:
             if t > mean:
                 break
@@ -123,7 +121,7 @@ def samples_f1(Z, may, if_undefined):
     * Labels of small probability count together, as a Poisson number of gold labels, while the sum of their squared
       probabilities is at most 12 TOLERANCE.  Replacing a Bernoulli variable by a Poisson one of the same mean moves the
       expectation of g by at most p^2 / 2 times the largest second difference of g, and that of 2 h / (k + h + r) in r
-      is at most 1/6 for h <= k; so the expected F1 is within TOLERANCE.
+      is at most 1/6 for h <= k; so the expected F1 is within TOLERANCE.  Without tags it is exact.
     * With u_k the sum of the k largest probabilities, F1 <= 2 hits / (k + hits), concave in hits, gives an expected F1
       of at most 2 u_k / (k + u_k) for k tags, which falls in k: larger sets are not tried once that is no more than the
       best so far.
@@ -139,6 +137,10 @@ def samples_f1(Z, may, if_undefined):
     for i in range(Z.shape[0]):
         for j in range(n_labels):
             p[j] = 1.0 / (1.0 + math.exp(-Z[i, j])) if may[j] and Z[i, j] == Z[i, j] else 0.0
+        nothing = 1.0  # probability that no label is gold, for which Poisson would not be close enough
+        if if_undefined > 0.0:
+            for j in range(n_labels):
+                nothing *= 1.0 - p[j]
         floor, m = FIRST_FLOOR, 1
         while True:
             count, rest, squares, highest = 0, 0.0, 0.0, 0.0
@@ -165,7 +167,8 @@ def samples_f1(Z, may, if_undefined):
                 size -= 1
                 square += likely[size] ** 2
                 beyond += likely[size]
-            f = expected_f1(likely[:size], beyond, if_undefined)
+            f = expected_f1(likely[:size], beyond, 0.0)
+            f[0] = if_undefined * nothing
             best = np.argmax(f)
             following = likely[size] if size < count else highest
             largest = likely[:size].sum() + following

@@ -131,8 +131,8 @@ def decide(known: Evidence, status: Sequence[str], cfg) -> tuple[pa.Table, dict]
 def label_cuts(curves: Curves, histograms: Histograms, lines: Lines, cfg) -> tuple[np.ndarray, np.ndarray]:
     """Cut of every label under the configured rule and F1 (f_beta: F-beta) there, (L,) each; +inf without positives.
 
-    For the rules by document these are the cuts of f_beta; where that would never tag a label with positives, the cut is
-    above all its scores, because +inf would keep it from those rules too.
+    For the rules by document these are the cuts of f_beta; where that would never tag a label with positives, the cut
+    is the edge above its scores, because +inf would keep it from those rules too.
 
     lines: maps to probabilities, for the rules that compare labels by them.
     """

@@ -69,7 +69,7 @@ class DocumentRule(Section):
             may (L,): labels that may be tagged at all.
         """
         if self.rule == "rcut":
-            above[:] = may & (Z > -np.inf)
+            above[:] = may & (-np.inf < Z)
             keep_most_probable(above, Z, self.k)
         elif self.rule == "samples_f1":
             above = samples_f1(Z, may, float(self.if_undefined))

@@ -150,11 +150,14 @@ def test_rules_for_thresholds_side_by_side(place):
     at = {"home": root / "home", "cwd": root}
     found = json.loads(command("show", "run", "--thresholds", "--json", **at).stdout)
     assert found["cross_fitted"] is True
-    assert set(found["rules"]) == set(CalibrateConfig.model_fields["rule"].annotation.__args__)
+    every = set(CalibrateConfig.model_fields["rule"].annotation.__args__)
+    assert set(found["rules"]) == every - set(found["by_document"])
+    assert found["by_document"] == ["rcut", "samples_f1"]
     assert all(0 <= rule["micro_f1"] <= 1 and rule["tags"] >= 0 for rule in found["rules"].values())
     text = command("show", "run", "--thresholds", **at).stdout
     assert "f_beta *" in text
     assert "tags a document" in text
+    assert "rcut and samples_f1 need whole documents: try them with `tagmill calibrate`" in " ".join(text.split())
     other = json.loads(command("show", "run", "--thresholds", "--set", "calibrate.recall=0.2", "--json", **at).stdout)[
         "rules"
     ]
