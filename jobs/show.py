@@ -194,6 +194,28 @@ def thresholds(run: Run, cfg: configuration.Config, as_json: bool) -> None:
     out.print(f"choose one: tagmill calibrate --run {run.root} --set calibrate.rule=NAME", highlight=False)
 
 
+def versions(run: Run, as_json: bool) -> None:
+    """What calibrate and evaluate left, now and before."""
+    from pipeline.versions import listed
+
+    rows = listed(run)
+    if as_json:
+        print(json.dumps({"versions": rows}, indent=1, ensure_ascii=False))
+        return
+    out = console()
+    grid = Grid(show_edge=False)
+    for name in ("version", "UTC", "rule", "micro F1", "macro F1", "settings that differ from the one before"):
+        grid.add_column(name, justify="right" if name.endswith("F1") else "left", overflow="fold")
+    for row in rows:
+        number = "now" if row["number"] is None else f"{row['number']}{' *' if row['current'] else ''}"
+        settings = ", ".join(f"{key}={json.dumps(value)}" for key, value in row["settings"].items())
+        scores = (_number(row[name], 4) for name in ("micro_f1", "macro_f1"))
+        note = "" if row["same_models"] else " (of other models)"
+        grid.add_row(number, row["when"], row["rule"], *scores, Text(shown(settings + note, 500)))
+    out.print(grid)
+    out.print(f"put one back: tagmill calibrate --run {run.root} --version N; * is in use", highlight=False)
+
+
 def _number(value, digits=3):
     return "–" if value is None else f"{value:,.{digits}f}"
 

@@ -10,7 +10,7 @@ from sklearn import metrics as sk
 
 from jobs.tag import tag
 from pipeline import config
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.learners.document_rules import DocumentRule
 from pipeline.learners.tagger import Tagger
 from pipeline.stages.parts import decision_of
@@ -134,3 +134,65 @@ def test_a_changed_decision_is_refused(again, toy, tmp_path):
     path.write_text("{")
     with pytest.raises(DataError, match=r"decision\.json"):
         decision_of(run)
+
+
+def test_earlier_versions_are_kept_and_come_back(again, rules_file, monkeypatch):
+    """A default run, two other decisions, and back to each; killed on the way, the same command goes on."""
+    from jobs import entry
+    from pipeline import versions
+
+    names = ("thresholds", "rules.json", "decision.json", "metrics.json")
+
+    def content(run):
+        return {name: run.files(name)[0].read_bytes() for name in names}
+
+    def back(run, number):
+        base = {**run.info["config"], **versions.settings(versions.version(run, number))}
+        cfg, _ = config.load(base=base)
+        return entry.fit(str(run.root), None, cfg, True, ("calibrate", "evaluate", "register"), version=number)
+
+    run = again()
+    assert versions.listed(run)[0]["number"] is None
+    first = content(run)
+    run = again("calibrate.rule=rcut", f"calibrate.rules={rules_file}")
+    second = content(run)
+    run = again("calibrate.at_most=1", "evaluate.propensity_a=0.6")
+    third = content(run)
+    rows = versions.listed(run)
+    assert [row["number"] for row in rows] == [1, 2, None]
+    assert set(rows[1]["settings"]) == {"calibrate.rule", "calibrate.rules"}
+    assert set(rows[2]["settings"]) == {
+        *("calibrate.rule", "calibrate.rules", "calibrate.at_most", "evaluate.propensity_a")
+    }
+    assert rows[2]["micro_f1"] == json.loads(third["metrics.json"])["metrics"]["micro_f1"]
+
+    put_back = versions.put_back
+    monkeypatch.setattr(versions, "put_back", lambda *_: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        back(run, 2)
+    assert run.manifest("calibrate") is None
+    monkeypatch.setattr(versions, "put_back", put_back)
+    rules_file.unlink()  # what was made from it is kept
+    back(run, 2)
+    assert content(run) == second
+    assert decision_of(run).rule == "rcut"
+    assert run.info["config"]["calibrate"]["rule"] == "rcut"
+    back(run, 3)
+    assert content(run) == third
+    back(run, 1)
+    assert content(run) == first
+    assert [(row["number"], row["current"]) for row in versions.listed(run)] == [(1, True), (2, False), (3, False)]
+
+    card = versions.version(run, 2)
+    card["calibrate"]["recipe"]["inputs"]["train"] = "other"
+    monkeypatch.setattr(versions, "version", lambda *_: card)
+    with pytest.raises(ConfigError, match="do not fit the models of now"):
+        back(run, 2)
+    assert content(run) == first
+
+
+@pytest.fixture
+def rules_file(tmp_path):
+    path = tmp_path / "rules.yaml"
+    path.write_text("exclude: [rare]\n")
+    return path
