@@ -145,7 +145,8 @@ def test_a_card_that_leaves_its_folder_is_refused(run):
     publish(run)
     versions.keep(run)
     card = versions.version(run, 1)
-    card["calibrate"]["tables"]["decision.json"][0]["file"] = "../../run.json"
+    outside = entry(run.root / "run.json", run.root, 1)
+    card["calibrate"]["tables"]["decision.json"][0] |= {**outside, "file": "../../run.json"}
     with pytest.raises(DataError, match="changed"):
         versions.put_back(run, card)
 
