@@ -121,7 +121,8 @@ def samples_f1(Z, may, if_undefined):
     * Labels of small probability count together, as a Poisson number of gold labels, while the sum of their squared
       probabilities is at most 12 TOLERANCE.  Replacing a Bernoulli variable by a Poisson one of the same mean moves the
       expectation of g by at most p^2 / 2 times the largest second difference of g, and that of 2 h / (k + h + r) in r
-      is at most 1/6 for h <= k; so the expected F1 is within TOLERANCE.  Without tags it is exact.
+      is at most 1/6 for h <= k; so the expected F1 is within TOLERANCE.  Without tags it is exact.  Beyond
+      the MOST first labels all count together, whatever their probability.
     * With u_k the sum of the k largest probabilities, F1 <= 2 hits / (k + hits), concave in hits, gives an expected F1
       of at most 2 u_k / (k + u_k) for k tags, which falls in k: larger sets are not tried once that is no more than the
       best so far.
