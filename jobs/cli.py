@@ -9,6 +9,7 @@ import typer
 
 from jobs import entry
 from pipeline import config as configuration
+from pipeline import versions
 from pipeline.store import Run
 
 app = typer.Typer(
@@ -108,14 +109,23 @@ def tag(
 @app.command()
 def calibrate(
     run: RunDir,
+    version: Annotated[
+        int | None, typer.Option(metavar="N", help="Put an earlier version back (`tagmill show RUN --versions`).")
+    ] = None,
     set: Sets = [],  # noqa: B006
     master: Master = None,
     debug: Debug = False,
 ) -> None:
-    """New thresholds from the stored curves, evaluated again; nothing is trained."""
+    """New thresholds from the stored curves, or earlier ones, evaluated again; nothing is trained."""
 
     def command():
         base = Run(run).info["config"]
+        if version is not None:
+            base = {**base, **versions.settings(versions.version(Run(run), version))}
+            if any(item.startswith(("calibrate.", "evaluate.")) for item in set):
+                raise configuration.ConfigError(
+                    "--version has its own settings of calibrate.* and evaluate.*; leave out --version or --set"
+                )
         cfg, _ = configuration.load(None, [*set, *entry.master_setting(master)], base)
         other = [
             d
@@ -126,7 +136,8 @@ def calibrate(
             raise configuration.ConfigError(
                 f"--set {other[0]}: `tagmill calibrate` changes calibrate.* and evaluate.* only"
             )
-        show_metrics(entry.fit(run, None, cfg, overwrite=True, only=("calibrate", "evaluate", "register")))
+        stages = ("calibrate", "evaluate", "register")
+        show_metrics(entry.fit(run, None, cfg, overwrite=True, only=stages, version=version))
 
     _guarded(command, debug)
 
@@ -155,6 +166,7 @@ def show(
     thresholds: Annotated[
         bool, typer.Option("--thresholds", help="What each rule for thresholds would give, side by side.")
     ] = False,
+    versions: Annotated[bool, typer.Option("--versions", help="Earlier thresholds, which can be put back.")] = False,
     config: ConfigFile = None,
     set: Sets = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
@@ -170,6 +182,8 @@ def show(
         elif thresholds:
             cfg, _ = configuration.load(config, set, Run(run).info["config"])
             showing.thresholds(Run(run), cfg, as_json)
+        elif versions:
+            showing.versions(Run(run), as_json)
         elif table:
             showing.table(Run(run), table, output, as_json)
         elif label is not None:

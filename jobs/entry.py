@@ -19,7 +19,7 @@ from pathlib import Path
 
 from jobs import inputs
 from pipeline import config as configuration
-from pipeline import errors, sources
+from pipeline import errors, sources, versions
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError, TagmillError, shown
 from pipeline.flow import FIT, Stage, upstream
@@ -33,7 +33,7 @@ SETTINGS = {
     "split": ("split", "train.folds", "train.dev"),
     "featurize": ("featurize",),
     "train": ("train",),
-    "calibrate": ("calibrate",),
+    "calibrate": ("calibrate", "evaluate.if_undefined"),  # what the rule samples_f1 takes 0/0 for
     "evaluate": ("evaluate",),
     "register": ("mlflow.experiment", "mlflow.model", "mlflow.alias"),
 }
@@ -64,8 +64,9 @@ CONTENTS: dict[str, tuple[str, Callable[[str], str]]] = {
 class Job:
     """A run folder with its configuration, and a Spark session that starts when it is first needed."""
 
-    def __init__(self, run: Run, cfg: Config):
+    def __init__(self, run: Run, cfg: Config, version: dict | None = None):
         self.run, self.cfg = run, cfg
+        self.version = version  # of `versions`: what calibrate left then takes the place of what it would leave now
         self._spark = None
         self._ours = False  # a session that was there before (a notebook's) is used and left running
 
@@ -107,15 +108,29 @@ class Job:
                 "inputs": inputs,
                 "code": code_version(),
             }
+            if stage.name == "calibrate" and self.version:
+                recipe = self._of_version(recipe)
             found[stage.name] = self._with_refits(recipe) if stage.name == "train" else recipe
         return found
+
+    def _of_version(self, recipe: dict) -> dict:
+        """The recipe of the version that is put back.  Raises ConfigError where its thresholds are of other models."""
+        assert self.version
+        earlier = self.version["calibrate"]["recipe"]
+        if any(earlier[key] != recipe[key] for key in ("inputs", "code")):
+            raise ConfigError(
+                f"{self.run.root}: version {self.version['number']} was made from "
+                f"{_what_differs(earlier, {**recipe, 'settings': earlier['settings']})}; its thresholds do not fit the "
+                "models of now: choose another version, or --set what it was made with"
+            )
+        return earlier
 
     def _contents(self, stage: str) -> dict[str, str]:
         """Settings that name a file or a run stand in the recipe with the identity of its content."""
         marks = {}
         for key, (reader, mark) in CONTENTS.items():
             path = configuration.flat(self.cfg)[key]
-            if reader != stage or not path:
+            if reader != stage or not path or (self.version and stage == "calibrate"):
                 continue
             try:
                 marks[key] = f"{path}@{mark(path)}"
@@ -170,11 +185,15 @@ def fit(
     overwrite: bool = False,
     only: tuple[str, ...] | None = None,
     labels: tuple[str, ...] = (),
+    version: int | None = None,
 ) -> Run:
     """Run the fit flow, or some stages of it, in `run_dir`; what is current is skipped.
 
     The input is looked at only where the stage ingest is among them.  With `labels`, train solves these alone, under
-    the train.* settings of this call, and keeps the rows of all others.
+    the train.* settings of this call, and keeps the rows of all others.  With `version`, calibrate puts back what it
+    left then, and cfg has the settings of then.
+
+    What calibrate and evaluate have left is kept (`pipeline.versions`) before it is replaced.
 
     Raises ConfigError where the folder was made with other settings or another input, unless `overwrite`; nothing has
     been written then.
@@ -185,7 +204,7 @@ def fit(
         if info is None:
             run.info  # noqa: B018  (raises: not a run folder)
         input_path = info["input"]  # type: ignore[index]
-    job = Job(run, cfg)
+    job = Job(run, cfg, versions.version(run, version) if version is not None else None)
     read = only is None or "ingest" in only
     # files that are not there are found out before a folder is made; a table needs a session
     plan = inputs.planned(input_path, cfg) if read and not inputs.is_table(input_path) else None
@@ -201,17 +220,26 @@ def fit(
             stages = [stage for stage in FIT if only is None or stage.name in only]
             checked = stages if grow is None else [s for s in stages if s.name not in from_on("train")]
             redone = _refuse_others(job, checked, recipes, overwrite)
+            if "evaluate" in redone:
+                versions.keep(run)
             if only != ("register",):  # where a finished run is sent to is no part of it
                 with explained(run.root, "write to"):
                     config = info["config"] if info and grow is not None else cfg.model_dump(mode="json")
                     run.create({"config": config, "input": inputs.location(input_path)})
             # asked for by itself, register sends again: it is idempotent, and the server may be another one now
             run.drop(redone if only != ("register",) else only)
+            if job.version and not _current(run, "calibrate", recipes["calibrate"]):
+                versions.put_back(run, job.version)
             for stage in stages:
                 run_stage(job, stage, recipes[stage.name], plan, grow)
         finally:
             job.stop()
     return run
+
+
+def _current(run, stage, recipe):
+    manifest = run.manifest(stage)
+    return bool(manifest) and manifest["fingerprint"] == fingerprint(recipe) and run.damage(stage) is None
 
 
 def from_on(stage: str) -> list[str]:
@@ -419,6 +447,7 @@ def run_stage(
     rows = {name: sum(item["rows"] for item in items) for name, items in outcome.tables.items()}
     summary = module.summary(outcome.facts, rows)
     if growing:  # nothing outlives the models that it was made from
+        versions.keep(run)
         run.drop(from_on(stage.name)[1:])
     run.commit(stage.name, attempt, recipe, outcome.tables, {**outcome.facts, **meter.facts(), "summary": summary})
     if stage.name == "evaluate":

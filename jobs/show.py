@@ -161,12 +161,14 @@ def _stage_grid(out, manifests):
 def thresholds(run: Run, cfg: configuration.Config, as_json: bool) -> None:
     """What each rule would give on documents it was not chosen on, from the stored curves."""
     from pipeline.learners.decide import side_by_side
+    from pipeline.learners.document_rules import BY_DOCUMENT, DocumentRule
     from pipeline.stages.calibrate import known_of
 
     known = known_of(run, cfg)
     rules = side_by_side(known, cfg.calibrate)
     if as_json:
-        print(json.dumps({"rules": rules, "cross_fitted": known.maps.out_of_fold}, indent=1))
+        value = {"rules": rules, "cross_fitted": known.maps.out_of_fold, "by_document": BY_DOCUMENT}
+        print(json.dumps(value, indent=1))
         return
     support = known.pooled.support()
     documents, tags = int(known.pooled.rows().max(initial=0)), int(support.sum())
@@ -190,7 +192,35 @@ def thresholds(run: Run, cfg: configuration.Config, as_json: bool) -> None:
         "* is the rule of the run",
         highlight=False,
     )
+    # the curves hold labels, not documents
+    also = "" if DocumentRule.of(cfg.calibrate, 0).plain else ", and so do at_least_one and at_most, which are left out"
+    out.print(
+        f"{' and '.join(BY_DOCUMENT)} need whole documents{also}: try them with `tagmill calibrate`, which evaluates",
+        highlight=False,
+    )
     out.print(f"choose one: tagmill calibrate --run {run.root} --set calibrate.rule=NAME", highlight=False)
+
+
+def versions(run: Run, as_json: bool) -> None:
+    """What calibrate and evaluate left, now and before."""
+    from pipeline.versions import listed
+
+    rows = listed(run)
+    if as_json:
+        print(json.dumps({"versions": rows}, indent=1, ensure_ascii=False))
+        return
+    out = console()
+    grid = Grid(show_edge=False)
+    for name in ("version", "UTC", "rule", "micro F1", "macro F1", "settings that differ from the one before"):
+        grid.add_column(name, justify="right" if name.endswith("F1") else "left", overflow="fold")
+    for row in rows:
+        number = "now" if row["number"] is None else f"{row['number']}{' *' if row['current'] else ''}"
+        settings = ", ".join(f"{key}={json.dumps(value)}" for key, value in row["settings"].items())
+        scores = (_number(row[name], 4) for name in ("micro_f1", "macro_f1"))
+        note = "" if row["same_models"] else " (of other models)"
+        grid.add_row(number, row["when"], row["rule"], *scores, Text(shown(settings + note, 500)))
+    out.print(grid)
+    out.print(f"put one back: tagmill calibrate --run {run.root} --version N; * is in use", highlight=False)
 
 
 def _number(value, digits=3):

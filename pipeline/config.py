@@ -193,7 +193,8 @@ class CalibrateConfig(Section):
     rule: Literal[
         "f_beta", "precision", "recall", "cost", "youden", "otsu", "pcut", "fixed",
         "global", "budget", "joint",
-    ] = Field("f_beta", description="objective of the cuts, by label or (last row) across labels")  # fmt: skip
+        "rcut", "samples_f1",
+    ] = Field("f_beta", description="objective of the cuts: by label, across labels, by document")  # fmt: skip
     beta: PositiveFloat = Field(
         1.0, le=100, description="of rule f_beta: recall counts beta times as much as precision"
     )
@@ -210,6 +211,16 @@ class CalibrateConfig(Section):
     fbr: float = Field(0.1, ge=0, le=1, description="guard fbr: labels whose best F1 is lower get their highest cut")
     shrink: float = Field(10.0, ge=0, description="guard shrink: support at which own and global cut weigh the same")
     micro: float = Field(0.5, ge=0, description="rule f_beta: weight of a label's part in micro F1 beside its own F")
+    k: PositiveInt = Field(5, description="of rule rcut: tags a document, the most probable")
+    at_least_one: bool = Field(
+        False, description="a document without a tag gets its most probable label, before calibrate.rules"
+    )
+    min_gap: float = Field(
+        0, ge=0, description="of at_least_one: log-odds by which that label must lead the second; 0: no condition"
+    )
+    at_most: int = Field(
+        0, ge=0, description="tags a document at most, the most probable, before calibrate.rules; 0: no limit"
+    )
     rules: str = Field("", description="YAML file with rules between labels (implies, excludes, ...); empty: none")
     calibration: Literal["platt", "isotonic", "temperature", "none"] = Field(
         "platt", description="map from scores to probabilities"

@@ -33,7 +33,7 @@ FIT = (
     Stage(
         "calibrate",
         ("labels", "curves", "histograms"),
-        ("thresholds", "rules.json"),
+        ("thresholds", "rules.json", "decision.json"),
         "choose thresholds, fit probabilities",
     ),
     Stage(
@@ -51,13 +51,24 @@ FIT = (
             "near_duplicates",
             "label_relations",
             "suspicious",
+            "decision.json",
         ),
         ("label_counts", "test_documents", "confusions", "metrics.json", "report.html"),
         "count true and false tags on the test fold",
     ),
     Stage(
         "register",
-        ("labels", "vocabulary", "label_models", "weights", "thresholds", "rules.json", "label_counts", "metrics.json"),
+        (
+            "labels",
+            "vocabulary",
+            "label_models",
+            "weights",
+            "thresholds",
+            "rules.json",
+            "decision.json",
+            "label_counts",
+            "metrics.json",
+        ),
         (),
         "send the run to MLflow",
     ),
@@ -67,7 +78,7 @@ TAG = (
     FIT[0],
     Stage(
         "tag",
-        ("documents", "labels", "vocabulary", "weights", "thresholds", "rules.json"),
+        ("documents", "labels", "vocabulary", "weights", "thresholds", "rules.json", "decision.json"),
         ("tags",),
         "tag the documents with a fitted run",
     ),

@@ -154,9 +154,10 @@ TABLES = {
         ),
         _table(
             "thresholds",
-            "A label is tagged where score >= threshold (null: never); probability = sigmoid(a score + b), or of the "
-            "straight lines through (knot_score, knot_log_odds) where there are any.  Brier score, log loss (nats) and "
-            "ECE are out of fold, before and after calibration.",
+            "A label is tagged where score >= threshold (null: never); where the rule goes by document (objective rcut "
+            "or samples_f1) the threshold is that of f_beta, for reference, and null still means never.  Probability = "
+            "sigmoid(a score + b), or of the straight lines through (knot_score, knot_log_odds) where there are any.  "
+            "Brier score, log loss (nats) and ECE are out of fold, before and after calibration.",
             ("label_id",),
             label_id=_int,
             threshold=_real,

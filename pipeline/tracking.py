@@ -470,14 +470,15 @@ def _send_model(client, run_id, run, cfg):
 def _bundle(folder, run, cfg):
     """The run's tagger as the folder that `Tagger.load` reads."""
     from pipeline.learners.tagger import save
-    from pipeline.stages.parts import rules_of
+    from pipeline.stages.parts import decision_of, rules_of
 
     bundle = folder / MODEL
     bundle.mkdir()
     tables = (run.read(name, verify=True) for name in ("vocabulary", "labels", "thresholds"))
     settings = {"ngrams": cfg.featurize.ngrams, "sublinear": cfg.featurize.sublinear, "max_tags": cfg.tag.max_tags}
     identity = {"run": run.root.name, "fingerprint": run.finished("evaluate")["fingerprint"]}
-    save(bundle, *tables, run.files("weights", verify=True), settings | identity, rules_of(run, verify=True))
+    rules, document = rules_of(run, verify=True), decision_of(run, verify=True)
+    save(bundle, *tables, run.files("weights", verify=True), settings | identity, rules, document)
     return bundle
 
 

@@ -1,5 +1,6 @@
 """Slow, obvious versions of what the library does fast: loops over documents and labels, no tricks."""
 
+import itertools
 import math
 import re
 
@@ -177,3 +178,15 @@ def best_f1(scores, positive):
     total = sum(positive)
     found = [counts_at(scores, positive, cut) for cut in set(scores)]
     return max(2 * tp / (tp + fp + total) for tp, fp in found)
+
+
+def expected_f1_of_sets(p, if_undefined=0.0):
+    """{set of labels: expected F1 when it is said}, every set, over every gold set of independent labels."""
+    subsets = [s for k in range(len(p) + 1) for s in itertools.combinations(range(len(p)), k)]
+    found = dict.fromkeys(subsets, 0.0)
+    for gold in subsets:
+        chance = math.prod(p[j] if j in gold else 1 - p[j] for j in range(len(p)))
+        for said in subsets:
+            size = len(said) + len(gold)
+            found[said] += chance * (2 * len(set(said) & set(gold)) / size if size else if_undefined)
+    return found

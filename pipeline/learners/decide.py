@@ -1,7 +1,8 @@
 """Curves and histograms -> thresholds and probability maps, one row a label.
 
 The objective of the cuts is `calibrate.rule`.  By label: f_beta, precision, recall, cost, youden, otsu, pcut, fixed.
-Across labels: global, budget, joint.
+Across labels: global, budget, joint.  By document (`document_rules`): rcut, samples_f1; their cuts are those of f_beta,
+for reference.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pipeline.kernels import thresholds as cuts
 from pipeline.kernels.calibration import MIN_SLOPE
 from pipeline.kernels.counts import label_metrics
 from pipeline.kernels.thresholds import Curves, Goal, Histograms
+from pipeline.learners.document_rules import BY_DOCUMENT
 from pipeline.learners.ovr import POOLED
 from pipeline.learners.probabilities import Lines, Maps, fit, maps, without_each
 from pipeline.tables import TABLES
@@ -129,8 +131,16 @@ def decide(known: Evidence, status: Sequence[str], cfg) -> tuple[pa.Table, dict]
 def label_cuts(curves: Curves, histograms: Histograms, lines: Lines, cfg) -> tuple[np.ndarray, np.ndarray]:
     """Cut of every label under the configured rule and F1 (f_beta: F-beta) there, (L,) each; +inf without positives.
 
+    For the rules by document these are the cuts of f_beta; where that would never tag a label with positives, the cut
+    is the edge above its scores, because +inf would keep it from those rules too.
+
     lines: maps to probabilities, for the rules that compare labels by them.
     """
+    if cfg.rule in BY_DOCUMENT:
+        found, expected = label_cuts(curves, histograms, lines, cfg.model_copy(update={"rule": "f_beta"}))
+        hidden = np.isinf(found) & (histograms.support() > 0)
+        found[hidden] = cuts.ceilings(histograms)[hidden]
+        return found, expected
     beta = cfg.beta if cfg.rule == "f_beta" else 1.0
     common, micro_f = cuts.global_cut(histograms, cfg.beta)
 

@@ -142,7 +142,7 @@ def judge(
     tags = np.searchsorted(rows, np.arange(S.shape[0] + 1)), ids
     extra: dict = {}
     if decisions.rules is not None:
-        before = counts.confusion(decisions.threshold <= S, *gold)
+        before = counts.confusion(decisions.before_rules(S, Z), *gold)
         extra |= {f"before_rules_{name}": count for name, count in zip(("tp", "fp", "fn"), before, strict=True)}
         for kind, (added, removed) in changes.items():
             extra |= {f"{kind}_added": added, f"{kind}_removed": removed}

@@ -17,11 +17,12 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.kernels import calibration, scoring
+from pipeline.learners.document_rules import DocumentRule
 from pipeline.learners.label_rules import LabelRules, apply, compiled, names_of
 from pipeline.learners.vectorizer import Vocabulary, batches, one_array, vectorize
 from pipeline.tables import TABLES
 
-FORMAT = 1
+FORMAT = 2  # 1: thresholds by label only, which is still written where they are all there is
 SCORES_AT_ONCE = 8_000_000  # documents x labels held as a dense block
 
 
@@ -94,16 +95,19 @@ class _Models:
 
 
 class Decisions(NamedTuple):
-    """Thresholds and probability maps by label, from the table `thresholds`."""
+    """Thresholds and probability maps by label, from the table `thresholds`, and what comes after them."""
 
     threshold: np.ndarray  # (L,) float64, +inf: never
     a: np.ndarray  # (L,) float64
     b: np.ndarray  # (L,) float64
     knots: tuple[tuple[int, np.ndarray, np.ndarray], ...] = ()  # label, scores, log-odds: of labels with such a map
-    rules: LabelRules | None = None  # between labels, after the thresholds
+    rules: LabelRules | None = None  # between labels, last
+    document: DocumentRule = DocumentRule()  # by document, before them
 
     @classmethod
-    def from_table(cls, thresholds: pa.Table, rules: LabelRules | None = None) -> "Decisions":
+    def from_table(
+        cls, thresholds: pa.Table, rules: LabelRules | None = None, document: DocumentRule | None = None
+    ) -> "Decisions":
         thresholds = thresholds.sort_by("label_id")
         cut = thresholds["threshold"].fill_null(float("inf"))
         knots: tuple = ()
@@ -112,7 +116,8 @@ class Decisions(NamedTuple):
                 (int(label), *(thresholds[f"knot_{name}"][label].values.to_numpy() for name in ("score", "log_odds")))
                 for label in np.flatnonzero(pa.compute.list_value_length(thresholds["knot_score"]).to_numpy())
             )
-        return cls(cut.to_numpy(), thresholds["a"].to_numpy(), thresholds["b"].to_numpy(), knots, rules)
+        a, b = thresholds["a"].to_numpy(), thresholds["b"].to_numpy()
+        return cls(cut.to_numpy(), a, b, knots, rules, document or DocumentRule())
 
     def log_odds(self, S: np.ndarray) -> np.ndarray:
         """Calibrated log-odds, (m, L) float64: what labels are ranked by, and the sigmoid of which is probability."""
@@ -123,8 +128,24 @@ class Decisions(NamedTuple):
 
     def tagged(self, S: np.ndarray, Z: np.ndarray) -> tuple[np.ndarray, dict[str, tuple[np.ndarray, np.ndarray]]]:
         """(m, L) bool, and by kind of rule the documents of each label (added, removed); Z are the log-odds of S."""
+        chosen = self.before_rules(S, Z)
+        return (chosen, {}) if self.rules is None else apply(self.rules, chosen, Z)
+
+    def before_rules(self, S: np.ndarray, Z: np.ndarray) -> np.ndarray:
+        """(m, L) bool: what thresholds and the rule by document say, without the rules between labels."""
         above = self.threshold <= S
-        return (above, {}) if self.rules is None else apply(self.rules, above, Z)
+        if self.document.plain:
+            return above
+        may = np.isfinite(self.threshold)
+        if self.rules is not None and self.rules.old.size:
+            # one label has one place in its document's ranking, whether or not Z is merged already
+            old, same = self.rules.old, self.rules.same[self.rules.old]
+            Z = Z.copy()
+            np.maximum.at(Z.T, same, Z[:, old].T)
+            np.logical_or.at(above.T, same, above[:, old].T)
+            np.logical_or.at(may, same, may[old])
+            Z[:, old], above[:, old], may[old] = -np.inf, False, False
+        return self.document.apply(above, Z, may)
 
     def log_odds_of(self, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
         """The same of single pairs, (m,) float64: labels `ids` with `scores`."""
@@ -170,11 +191,21 @@ class Tagger(NamedTuple):
             Weights.load(folder),
             settings,
             json.loads((folder / "rules.json").read_text(encoding="utf-8")) if "rules.json" in card["sha256"] else {},
+            DocumentRule.parsed((folder / "decision.json").read_bytes(), folder / "decision.json")
+            if "decision.json" in card["sha256"]
+            else None,  # a model of before
         )
 
     @classmethod
     def from_tables(
-        cls, vocabulary, labels, thresholds, weights: Weights, settings: dict, rules: dict | None = None
+        cls,
+        vocabulary,
+        labels,
+        thresholds,
+        weights: Weights,
+        settings: dict,
+        rules: dict | None = None,
+        document: DocumentRule | None = None,
     ) -> "Tagger":
         names = labels.sort_by("label_id")["label"].to_pylist()
         if not len(names) == weights.bias.size == thresholds.num_rows:
@@ -182,7 +213,7 @@ class Tagger(NamedTuple):
                 f"the model has {weights.bias.size} labels, the label table {len(names)}, "
                 f"thresholds {thresholds.num_rows}; they belong to different runs"
             )
-        decisions = Decisions.from_table(thresholds, compiled(rules, names) if rules else None)
+        decisions = Decisions.from_table(thresholds, compiled(rules, names) if rules else None, document)
         names = names_of(rules, names) if rules else names
         return cls(Vocabulary.from_table(vocabulary), weights, decisions, names, settings)
 
@@ -209,7 +240,7 @@ class Tagger(NamedTuple):
 
 def tag_lists(S: np.ndarray, decisions: Decisions, labels: list[str], max_tags: int = 0) -> pa.Array:
     """Tags of scored rows: list of struct(label, score, probability, threshold), most probable first, then by label."""
-    if decisions.rules is None:
+    if decisions.rules is None and decisions.document.plain:
         indptr, ids = scoring.tags_of_rows(S, decisions.threshold)
     else:
         rows, ids = np.nonzero(decisions.tagged(S, decisions.log_odds(S))[0])
@@ -241,14 +272,19 @@ def save(
     weight_files,
     settings: dict,
     rules: dict | None = None,
+    document: DocumentRule | None = None,
 ) -> None:
     """Write a tagger folder for `Tagger.load`."""
+    document = document or DocumentRule()
     for name, table in (("vocabulary", vocabulary), ("labels", labels), ("thresholds", thresholds)):
         pq.write_table(table, folder / f"{name}.parquet", compression="zstd")
     for path in weight_files:
         (folder / path.name).write_bytes(path.read_bytes())
-    (folder / "rules.json").write_text(json.dumps(rules or {}, indent=1, sort_keys=True), encoding="utf-8")
-    card = {"format": FORMAT, "settings": settings, "sha256": {p.name: sha256(p) for p in sorted(folder.iterdir())}}
+    for name, value in (("rules.json", rules or {}), ("decision.json", document.model_dump())):
+        (folder / name).write_text(json.dumps(value, indent=1, sort_keys=True), encoding="utf-8")
+    # an earlier version would tag by thresholds alone, without a word
+    version = 1 if document.plain else FORMAT
+    card = {"format": version, "settings": settings, "sha256": {p.name: sha256(p) for p in sorted(folder.iterdir())}}
     (folder / "tagger.json").write_text(json.dumps(card, indent=1, sort_keys=True), encoding="utf-8")
 
 

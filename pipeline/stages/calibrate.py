@@ -1,6 +1,6 @@
 """Calibrate.
 
-    labels, curves, histograms (and the status of each model)  ->  thresholds, rules.json
+    labels, curves, histograms (and the status of each model)  ->  thresholds, rules.json, decision.json
 
 Everything is read off the stored curves: another rule takes seconds and no training.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.learners.decide import Evidence, decide, evidence
+from pipeline.learners.document_rules import DocumentRule
 from pipeline.learners.label_rules import check_labels, read_rules
 from pipeline.stages.parts import Outcome
 from pipeline.store import Run, entry, write_json, write_part
@@ -32,9 +33,12 @@ def calibrate(spark, run: Run, attempt: Path, cfg) -> Outcome:
         for warning in check_labels(rules, run.read("labels", ["label"])["label"].to_pylist()):
             log.warning("calibrate: %s", warning)
     write_json(attempt / "rules.json", rules)
+    document = DocumentRule.of(cfg.calibrate, cfg.evaluate.if_undefined)
+    write_json(attempt / "decision.json", document.model_dump())
     tables = {
         "thresholds": [write_part(attempt, "thresholds", thresholds, 0)],
         "rules.json": [entry(attempt / "rules.json", attempt, 1)],
+        "decision.json": [entry(attempt / "decision.json", attempt, 1)],
     }
     return Outcome(tables, facts)
 

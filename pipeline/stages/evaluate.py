@@ -1,6 +1,6 @@
 """Evaluate.
 
-    features[test], label_models (as weights), thresholds, rules.json, documents (labels), data problems
+    features[test], label_models (as weights), thresholds, rules.json, decision.json, documents (labels), data problems
         ->  label_counts, test_documents, confusions, metrics.json, report.html
 
 Each task returns integers that add; Spark adds them and ratios are taken once, here.  Three passes over the test fold:
@@ -24,7 +24,7 @@ from pipeline.learners import confusions, judge
 from pipeline.learners.label_rules import compiled, hierarchy_closure
 from pipeline.learners.tagger import Decisions, Weights
 from pipeline.stages import scores
-from pipeline.stages.parts import Outcome, rules_of, run_tasks
+from pipeline.stages.parts import Outcome, decision_of, rules_of, run_tasks
 from pipeline.stages.problems import data_problems
 from pipeline.stages.split import TEST
 from pipeline.store import Run, entry, replacing, write_bytes, write_part
@@ -50,6 +50,7 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
             "weights": str(run.files("weights")[0].parent),
             "thresholds": run.read("thresholds"),
             "rules": compiled(rules, names) if rules else None,
+            "document": decision_of(run),
             "closure": closure,
             "propensity": propensity,
             "if_undefined": undefined,
@@ -87,7 +88,7 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
         "metrics": metrics,
         "intervals": intervals(paths, n, len(names), metrics, cfg.evaluate),
         "groups": support_groups(table, undefined),
-        "conventions": conventions(cfg),
+        "conventions": conventions(cfg) | decision_of(run).conventions(),
         "counts": {
             "documents": n,
             "labels": len(names),
@@ -283,7 +284,7 @@ EXAMPLE_CHARACTERS = 600
 def _loaded(shared):
     """Weights and decisions, in a task."""
     s = shared.value
-    return s, _weights(s["weights"]), Decisions.from_table(s["thresholds"], s["rules"])
+    return s, _weights(s["weights"]), Decisions.from_table(s["thresholds"], s["rules"], s["document"])
 
 
 def _gold_of_part(shared, numbered):

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline.store import Run
+from pipeline.learners.document_rules import DocumentRule
+from pipeline.store import Run, explained
 
 
 class Outcome(NamedTuple):
@@ -51,6 +52,15 @@ def rules_of(run: Run, verify: bool = False) -> dict:
     if "rules.json" not in run.finished("calibrate")["tables"]:  # a run of before
         return {}
     return json.loads(run.files("rules.json", verify)[0].read_text(encoding="utf-8"))
+
+
+def decision_of(run: Run, verify: bool = False) -> DocumentRule:
+    """How the run chooses the tags of a document; by thresholds alone where it says nothing."""
+    if "decision.json" not in run.finished("calibrate")["tables"]:  # a run of before
+        return DocumentRule()
+    [path] = run.files("decision.json", verify)
+    with explained(path, "read"):
+        return DocumentRule.parsed(path.read_bytes(), path)
 
 
 def hashes(values: pa.Array | pa.ChunkedArray, seed: str) -> np.ndarray:

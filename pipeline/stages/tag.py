@@ -13,7 +13,7 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from pipeline.learners.tagger import Tagger, Weights
-from pipeline.stages.parts import Outcome, rules_of, run_tasks
+from pipeline.stages.parts import Outcome, decision_of, rules_of, run_tasks
 from pipeline.store import Run, write_part
 
 
@@ -54,9 +54,8 @@ def tagger_of(run: Run, settings: dict) -> Tagger:
     """The tagger of a fitted run; every file is checked against its manifest before it is parsed."""
     vocabulary, labels, thresholds = (run.read(name, verify=True) for name in ("vocabulary", "labels", "thresholds"))
     folder = run.files("weights", verify=True)[0].parent
-    return Tagger.from_tables(
-        vocabulary, labels, thresholds, Weights.load(folder), settings, rules_of(run, verify=True)
-    )
+    rules, document = rules_of(run, verify=True), decision_of(run, verify=True)
+    return Tagger.from_tables(vocabulary, labels, thresholds, Weights.load(folder), settings, rules, document)
 
 
 @functools.lru_cache(maxsize=1)

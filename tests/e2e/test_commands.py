@@ -145,16 +145,42 @@ def test_calibrate_chooses_again_without_training(place):
     assert json.loads((root / "run" / "metrics.json").read_text())["metrics"] == before
 
 
+def test_an_earlier_version_comes_back(place):
+    root, _ = place
+    at = {"home": root / "home", "cwd": root}
+    before = (root / "run" / "metrics.json").read_bytes()
+    command("calibrate", "--run", "run", "--set", "calibrate.rule=rcut", "--set", "calibrate.k=3", *SETS[4:], **at)
+    assert (root / "run" / "metrics.json").read_bytes() != before
+    rows = json.loads(command("show", "run", "--versions", "--json", **at).stdout)["versions"]
+    assert rows[-1]["current"]
+    assert rows[-1]["rule"] == "rcut"
+    assert rows[-1]["settings"]["calibrate.k"] == 3
+    [number] = [
+        row["number"] for row in rows if row["rule"] == "f_beta" and row["settings"] in ({}, rows[0]["settings"])
+    ]
+    text = command("show", "run", "--versions", **at).stdout
+    assert "calibrate.k=3" in text
+    refused = command("calibrate", "--run", "run", "--version", number, "--set", "calibrate.k=2", expect=78, **at)
+    assert "leave out --version or --set" in refused.stderr
+    assert "no version 99" in command("calibrate", "--run", "run", "--version", 99, expect=66, **at).stderr
+    command("calibrate", "--run", "run", "--version", number, *SETS[4:], **at)
+    assert (root / "run" / "metrics.json").read_bytes() == before
+    assert f"{number} *" in command("show", "run", "--versions", **at).stdout
+
+
 def test_rules_for_thresholds_side_by_side(place):
     root, _ = place
     at = {"home": root / "home", "cwd": root}
     found = json.loads(command("show", "run", "--thresholds", "--json", **at).stdout)
     assert found["cross_fitted"] is True
-    assert set(found["rules"]) == set(CalibrateConfig.model_fields["rule"].annotation.__args__)
+    every = set(CalibrateConfig.model_fields["rule"].annotation.__args__)
+    assert set(found["rules"]) == every - set(found["by_document"])
+    assert found["by_document"] == ["rcut", "samples_f1"]
     assert all(0 <= rule["micro_f1"] <= 1 and rule["tags"] >= 0 for rule in found["rules"].values())
     text = command("show", "run", "--thresholds", **at).stdout
     assert "f_beta *" in text
     assert "tags a document" in text
+    assert "rcut and samples_f1 need whole documents: try them with `tagmill calibrate`" in " ".join(text.split())
     other = json.loads(command("show", "run", "--thresholds", "--set", "calibrate.recall=0.2", "--json", **at).stdout)[
         "rules"
     ]

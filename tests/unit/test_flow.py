@@ -66,6 +66,10 @@ OTHER = {
     "calibrate.fbr": 0.3,
     "calibrate.shrink": 3.0,
     "calibrate.micro": 0.25,
+    "calibrate.k": 3,
+    "calibrate.at_least_one": True,
+    "calibrate.min_gap": 0.5,
+    "calibrate.at_most": 3,
     "calibrate.rules": "rules.yaml",
     "calibrate.calibration": "isotonic",
     "calibrate.pooling": 0.0,
@@ -138,7 +142,7 @@ def test_every_contract_has_the_one_stage_that_writes_it():
     written = {table for stage in (*FIT, *TAG) for table in stage.writes}
     assert set(TABLES) <= written
     # the others are no Arrow tables: a report, figures, and arrays that are mapped into memory
-    assert written - set(TABLES) == {"metrics.json", "report.html", "rules.json", "weights"}
+    assert written - set(TABLES) == {"metrics.json", "report.html", "rules.json", "decision.json", "weights"}
 
 
 def test_names_are_unique_and_every_stage_has_its_sentence():

@@ -358,6 +358,29 @@ def test_nested_takes_the_guard_with_the_best_forecast():
     )
 
 
+@pytest.mark.parametrize("rule", ["rcut", "samples_f1"])
+def test_rules_by_document_keep_the_cuts_of_f_beta_for_reference(rule):
+    S, Y, fold = problem()
+    tables = tables_of(S, Y, fold)
+    usual = choose(*tables, ["ok"] * 11 + ["no_positives"], CalibrateConfig())
+    found = choose(*tables, ["ok"] * 11 + ["no_positives"], CalibrateConfig(rule=rule))
+    assert set(found["objective"].to_pylist()) == {rule}
+    assert found.drop_columns(["objective"]).equals(usual.drop_columns(["objective"]))
+    assert found["threshold"].to_pylist()[11] is None
+
+
+def test_a_rule_by_document_hides_no_label_that_f_beta_would_never_tag():
+    S, Y, fold = problem()
+    S[:, 0] = -S[:, 0]  # the more it is alike the lower it scores
+    Y[:, 0] &= np.arange(600) % 20 == 0
+    tables = tables_of(S, Y, fold)
+    cfg = CalibrateConfig(guard="none", micro=9)
+    assert choose(*tables, ["ok"] * 12, cfg)["threshold"][0].as_py() is None
+    by_document = choose(*tables, ["ok"] * 12, cfg.model_copy(update={"rule": "rcut"}))
+    assert by_document["threshold"][0].as_py() > S[:, 0].max()
+    assert by_document["expected_f1"][0].as_py() == 0
+
+
 def test_rules_side_by_side_show_what_they_are_for():
     S, Y, fold = problem()
     cfg = UNGUARDED.model_copy(update={"precision": 0.9, "recall": 0.9})

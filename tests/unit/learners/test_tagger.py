@@ -9,6 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from pipeline.config import FeaturizeConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.learners import tagger, vectorizer
+from pipeline.learners.document_rules import DocumentRule
 from pipeline.learners.tagger import Decisions, Tagger, Weights, save, tag_lists
 from pipeline.learners.vectorizer import count_documents
 from pipeline.stages.featurize import choose_terms
@@ -249,9 +250,33 @@ def test_max_tags_is_a_setting(folder):
     assert one == [tags[:1] for tags in every] != every
 
 
+def test_a_rule_by_document_travels_with_the_tagger(folder, tmp_path):
+    tables = [pq.read_table(folder / f"{name}.parquet") for name in ("vocabulary", "labels", "thresholds")]
+    (tmp_path / "other").mkdir()
+    document = DocumentRule(rule="rcut", k=2)
+    save(tmp_path / "other", *tables, sorted(folder.glob("weights-*.npy")), SETTINGS, document=document)
+    loaded = Tagger.load(tmp_path / "other")
+    assert loaded.decisions.document == document
+    assert [len(tags) for tags in tagged(loaded)["tags"].to_pylist()] == [2] * len(TEXTS)
+    # a version that knows thresholds only must not read it as if there were nothing else
+    assert json.loads((tmp_path / "other" / "tagger.json").read_text())["format"] == 2
+    assert json.loads((folder / "tagger.json").read_text())["format"] == 1
+
+
+def test_a_tagger_of_before_goes_by_thresholds(folder):
+    before = tagged(Tagger.load(folder))
+    card = json.loads((folder / "tagger.json").read_text())
+    for name in ("decision.json", "rules.json"):
+        (folder / name).unlink()
+        del card["sha256"][name]
+    (folder / "tagger.json").write_text(json.dumps(card))
+    assert Tagger.load(folder).decisions.document.plain
+    assert tagged(Tagger.load(folder)).equals(before)
+
+
 def test_every_file_of_the_tagger_is_checked(folder):
     names = sorted(p.name for p in folder.iterdir() if p.name != "tagger.json")
-    assert len(names) == 8
+    assert len(names) == 9
     for name in names:
         path = folder / name
         whole = path.read_bytes()
