@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from jobs.compare import compare
 from pipeline.kernels.bootstrap import MEASURES, METRICS
@@ -100,13 +100,16 @@ def test_documents_add_up_to_the_metrics(judged):
     assert mean["log_loss"] / len(names) == pytest.approx(metrics["log_loss"])
     P = 1 / (1 + np.exp(-Z))
     assert measures[:, MEASURES.index("brier")] == pytest.approx(((P - Y) ** 2).sum(axis=1))
-    # influence values: the average precision of the fold with the first document counted twice, to first order
-    double = np.ones(len(Y))
-    double[0] += 0.01
-    some = Y.any(axis=0)
-    moved = np.mean([average_precision_score(Y[:, j], Z[:, j], sample_weight=double) for j in np.flatnonzero(some)])
-    said = measures[0, MEASURES.index("average_precision_macro")] * 0.01 / len(Y)
-    assert moved - metrics["average_precision_macro"] == pytest.approx(said, rel=0.05, abs=1e-9)
+    # influence values: the fold with one document counted a little more, to first order
+    some = np.flatnonzero(Y.any(axis=0))
+    for name, metric in (("average_precision_macro", average_precision_score), ("roc_auc_macro", roc_auc_score)):
+        values = measures[:, MEASURES.index(name)]
+        largest = int(np.abs(values).argmax())
+        more = np.ones(len(Y))
+        more[largest] += 0.001
+        moved = np.mean([metric(Y[:, j], Z[:, j], sample_weight=more) for j in some]) - metrics[name]
+        assert moved == pytest.approx(values[largest] * 0.001 / len(Y), rel=0.01), name
+        assert abs(moved) > 1e-7
 
 
 def test_calibration_error_of_each_label(judged):
