@@ -198,7 +198,7 @@ def _verdict(name, low, high):
 
 
 def _print(value):
-    out = console()
+    out = console(120)
     labels = value["labels"]
     grid = Grid(
         title=f"{value['documents']:,} test documents, {100 * value['confidence']:.4g} % intervals of "
@@ -208,7 +208,7 @@ def _print(value):
         pad_edge=False,
     )
     for column in ("", "metric"):
-        grid.add_column(column)
+        grid.add_column(column, no_wrap=True)
     for column in ("A", "B", "B - A", "interval", "p"):
         grid.add_column(column, justify="right", no_wrap=True)
     grid.add_column("B is")

@@ -39,9 +39,9 @@ GROUPS = (
 LABELS = 20  # rows of the label table on the screen
 
 
-def console() -> Console:
+def console(width: int = 110) -> Console:
     """Plain text of a fixed width where nobody looks at a terminal."""
-    return Console(soft_wrap=False) if sys.stdout.isatty() else Console(width=110, color_system=None)
+    return Console(soft_wrap=False) if sys.stdout.isatty() else Console(width=width, color_system=None)
 
 
 def metrics_table(card: dict) -> None:
