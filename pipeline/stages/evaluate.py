@@ -233,6 +233,14 @@ def conventions(cfg) -> dict[str, str]:
         "average_precision_macro": "over labels with a positive; roc_auc_macro: with a positive and a negative",
         "psp": f"propensities of Jain et al. 2016, A {cfg.evaluate.propensity_a}, B {cfg.evaluate.propensity_b}; "
         "divided by the best possible ranking",
+        **(
+            {
+                "intervals": f"{100 * cfg.evaluate.confidence:g} % intervals, basic bootstrap, documents resampled "
+                f"{cfg.evaluate.bootstrap:,} times"
+            }
+            if cfg.evaluate.bootstrap
+            else {}
+        ),
         "probabilities": "ece (15 equal-width bins), brier and log_loss are means over all document-label pairs",
     }
 
