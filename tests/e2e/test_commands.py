@@ -45,11 +45,12 @@ def test_fit_says_what_it_did_and_writes_what_it_says(place):
     assert "40 documents, 8 labels, 0 rejected" in done.stderr
     assert "macro_f1_all" in done.stdout
     assert "over all 8 labels" in done.stdout
-    assert "over 7 labels with a positive" in done.stdout
+    assert "over 7 labels with test positives" in done.stdout
     assert "WARN" not in done.stderr
     assert set(json.loads((root / "run" / "metrics.json").read_text())) == {
         "metrics",
         "intervals",
+        "groups",
         "conventions",
         "counts",
     }
