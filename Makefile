@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TAGMILL_PEERS ?= .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench bench-env lint lock clean
+.PHONY: help setup demo test test-slow chaos bench bench-env lint lock clean
 
 help:  ## what can be made
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,10 @@ test: $(VENV)/.ok  ## the tests, without the slow ones
 
 test-slow: $(VENV)/.ok  ## the slow tests: kills and resumes, real corpora (with TAGMILL_DATA set)
 	$(BIN)/python -m pytest -q -m slow
+
+chaos: $(VENV)/.ok  ## a hundred kills at random moments, then a few with guards taken away, which the loop must notice
+	$(BIN)/python -m tests.chaos --kills $(or $(KILLS),100) $(if $(SEED),--seed $(SEED))
+	for guard in in_place manifest_first keeps_rubbish; do ! $(BIN)/python -m tests.chaos --kills 20 --mutation $$guard || exit 1; done
 
 bench: $(VENV)/.ok bench-env  ## speed and memory against other libraries, side by side (with TAGMILL_DATA set)
 	$(BIN)/python -m pytest -q -s -m bench tests/bench

@@ -549,7 +549,7 @@ def translated(error: BaseException) -> TagmillError | None:
     """Our error behind an exception: itself, the operating system's, or one that a Spark worker reported as text."""
     if isinstance(error, TagmillError):
         return error
-    if isinstance(error, (ConnectionRefusedError, ConnectionResetError)) or type(error).__name__ == "Py4JNetworkError":
+    if isinstance(error, (ConnectionRefusedError, ConnectionResetError)) or _jvm_is_gone(error):
         return errors.ServiceError("Spark's JVM is gone (killed, out of memory); run the same command again to go on")
     if isinstance(error, OSError):
         try:
@@ -575,6 +575,19 @@ def translated(error: BaseException) -> TagmillError | None:
             f"{match[1]} in Spark's folder for temporary files; free some space or set spark.local.dir"
         )
     return None
+
+
+def _jvm_is_gone(error):
+    """Whether Py4J could not reach the JVM; asked for a result it says only that an error occurred, and why before."""
+    if type(error).__name__ == "Py4JNetworkError":
+        return True
+    if type(error).__name__ != "Py4JError":
+        return False
+    seen = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return any(isinstance(e, ConnectionError) or type(e).__name__ == "Py4JNetworkError" for e in seen)
 
 
 def _our_bug(error):

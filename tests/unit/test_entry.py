@@ -246,6 +246,22 @@ def test_an_error_in_a_worker_keeps_its_family(last, family, message):
     assert "\n" not in str(known)
 
 
+def test_a_jvm_that_dies_while_it_answers_is_a_service_that_is_gone():
+    class Py4JError(Exception):
+        pass
+
+    with pytest.raises(Py4JError) as caught:
+        try:
+            try:
+                raise ConnectionResetError(104, "Connection reset by peer")
+            except ConnectionResetError as error:
+                raise RuntimeError("Error while sending") from error
+        except RuntimeError:
+            raise Py4JError("An error occurred while calling o227.getResult") from None
+    assert isinstance(translated(caught.value), ServiceError)
+    assert translated(Py4JError("An error occurred while calling o1.method")) is None
+
+
 @pytest.mark.parametrize(
     "last",
     [
