@@ -1,5 +1,6 @@
 """The frame of every job: configuration, lock, session, skip what is current, measure, publish, exit code."""
 
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -16,6 +17,8 @@ import traceback
 import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+import psutil
 
 from jobs import inputs
 from pipeline import config as configuration
@@ -504,6 +507,7 @@ def guarded(function: Callable[[], object], debug: bool = False) -> int:
     def terminate(number, frame):
         raise Terminated
 
+    before = children()
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup asks for it
             signal.signal(number, terminate)
@@ -511,9 +515,11 @@ def guarded(function: Callable[[], object], debug: bool = False) -> int:
         function()
         print(end="", flush=True)  # the reader of a short output may have left, and nothing was written before
     except Terminated:
+        _stop(children() - before)
         print("tagmill: stopped by a signal; run the same command again to go on", file=sys.stderr)
         return errors.TERMINATED
     except KeyboardInterrupt:
+        _stop(children() - before)
         print("tagmill: interrupted; run the same command again to go on", file=sys.stderr)
         return errors.INTERRUPTED
     except Exception as error:
@@ -528,6 +534,20 @@ def guarded(function: Callable[[], object], debug: bool = False) -> int:
         print(f"tagmill: {one_line(known)}", file=sys.stderr)
         return known.code
     return 0
+
+
+def children() -> set[psutil.Process]:
+    """Processes below this one."""
+    return set(psutil.Process().children(recursive=True))
+
+
+def _stop(processes):
+    """A JVM that was only starting is known to nobody yet: whatever a command began ends with it."""
+    for stop in (psutil.Process.terminate, psutil.Process.kill):
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                stop(process)
+        _, processes = psutil.wait_procs(processes, timeout=5)
 
 
 def one_line(error: BaseException) -> str:

@@ -29,7 +29,7 @@ from tests.chaos.mutations import MUTATIONS
 SETS = ("mlflow.enabled=false", "train.labels_per_block=2", "train.gap=1e-4", "evaluate.bootstrap=100")
 VICTIMS = ("driver", "jvm", "worker", "group", "term")
 ENDS = {"driver": -signal.SIGKILL, "group": -signal.SIGKILL, "jvm": 69, "term": 143}
-PATIENCE = 20  # seconds in which whoever survives a kill must be gone
+PATIENCE = 30  # seconds in which whoever survives a kill must be gone
 
 
 def corpus(folder: Path, documents: int = 600, labels: int = 40) -> dict:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from jobs import entry
@@ -164,6 +165,20 @@ finally:
     assert out == "cleaned up\n"
     assert len(err.splitlines()) == 1
     assert "run the same command again to go on" in err
+
+
+def test_what_a_command_began_ends_with_it():
+    body = """
+child = subprocess.Popen(["sleep", "60"])
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+    process = program(body, "import subprocess")
+    child = psutil.Process(int(process.stdout.readline()))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
 def test_nohup_is_respected():
