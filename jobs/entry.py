@@ -1,9 +1,7 @@
 """The frame of every job: configuration, lock, session, skip what is current, measure, publish, exit code."""
 
 import difflib
-import functools
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -13,13 +11,13 @@ import signal
 import sys
 import tempfile
 import traceback
-import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from jobs import inputs
 from pipeline import config as configuration
 from pipeline import errors, sources, versions
+from pipeline.code import code_version
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError, TagmillError, shown
 from pipeline.flow import FIT, Stage, upstream
@@ -79,6 +77,10 @@ class Job:
             if self._ours:
                 log.info("spark: starting on %s", self.cfg.spark.master)
             self._spark = session(self.cfg.spark, f"tagmill {self.run.root.name}")
+            if self._ours and not self.cfg.spark.master.startswith("local"):
+                from pipeline.stages.same_store import check_same_store
+
+                check_same_store(self._spark, self.run.root, self.cfg.spark.wait)
         return self._spark
 
     def stop(self) -> None:
@@ -157,22 +159,6 @@ def stage_settings(stage: str, cfg: Config) -> dict[str, object]:
         for key, value in configuration.flat(cfg).items()
         if (key in wanted or key.split(".")[0] in wanted) and key not in LIMITS
     }
-
-
-@functools.cache
-def code_version() -> str:
-    """Hash of the modules that compute, and of the versions of the packages that touch numbers."""
-    root = Path(configuration.__file__).parent
-    files = [root / "sources.py", root / "tables.py"]
-    for layer in ("kernels", "learners", "stages"):
-        files += sorted((root / layer).glob("*.py"))
-    total = hashlib.sha256()
-    for path in files:
-        total.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    for package in ("numpy", "scipy", "numba", "llvmlite", "pyarrow"):
-        total.update(f"{package} {importlib.metadata.version(package)}\0".encode())
-    total.update(unicodedata.unidata_version.encode())  # what counts as a letter
-    return total.hexdigest()[:16]
 
 
 # -- a fit, or one stage of it -----------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from pipeline.tables import TABLES, conform
 
 FORMAT = 1  # of the run folder; a larger number is refused
 MANIFEST = "MANIFEST.json"
+PROBE = ".probe-"  # folder by which driver and executors find out whether they see the same storage
 
 
 @contextlib.contextmanager
@@ -171,8 +172,8 @@ class Run:
             if self.root.exists() and not self.root.is_dir():
                 raise ConfigError(f"{self.root}: is a file; expected a new or empty folder: choose another --run")
             self.root.mkdir(parents=True, exist_ok=True, mode=0o750)
-            # a run that was killed before its run.json stood leaves the lock and a temporary file: both are ours
-            ours = re.compile(r"\.lock|\.run\.json\.[0-9a-f]{8}\.tmp")
+            # a run that was killed before its run.json stood leaves the lock, a temporary file, a probe: all are ours
+            ours = re.compile(rf"\.lock|\.run\.json\.[0-9a-f]{{8}}\.tmp|{re.escape(PROBE)}[0-9a-f]{{8}}")
             foreign = [p.name for p in self.root.iterdir() if not ours.fullmatch(p.name)] if not self.exists else []
         if foreign:
             raise ConfigError(
