@@ -9,6 +9,8 @@ CLUSTER_WORKERS ?= 2
 CLUSTER_CORES ?= 1
 CLUSTER_MEMORY ?= 1g
 CLUSTER_PORT ?= 0
+# of make dist: the Python of the executors' hosts; empty: the one behind $(VENV)
+WORKER_PYTHON ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow bench bench-env cluster-up cluster-down dist lint lock clean
@@ -53,6 +55,9 @@ cluster-up: $(VENV)/.ok  ## a Spark cluster on this machine: a master, two worke
 
 cluster-down: $(VENV)/.ok  ## stop it
 	@$(BIN)/python -m jobs.cluster down --folder $(CLUSTER)
+
+dist: $(VENV)/.ok  ## the wheel, and the environment of executors as one archive, in dist/
+	$(BIN)/python -m jobs.dist --output dist --python "$(WORKER_PYTHON)"
 
 lint: $(VENV)/.ok  ## ruff, types of the public interface, layers
 	$(BIN)/ruff check .
