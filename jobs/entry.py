@@ -1,5 +1,6 @@
 """The frame of every job: configuration, lock, session, skip what is current, measure, publish, exit code."""
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -10,6 +11,7 @@ import select
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,7 +23,7 @@ from pipeline.code import code_version
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError, TagmillError, shown
 from pipeline.flow import FIT, Stage, upstream
-from pipeline.store import Run, digest, explained, fingerprint, stages_done, write_json
+from pipeline.store import FAILURE, Run, digest, explained, fingerprint, stages_done, write_json
 
 log = logging.getLogger("tagmill")
 
@@ -216,11 +218,29 @@ def fit(
             run.drop(redone if only != ("register",) else only)
             if job.version and not _current(run, "calibrate", recipes["calibrate"]):
                 versions.put_back(run, job.version)
+            (run.root / FAILURE).unlink(missing_ok=True)
             for stage in stages:
-                run_stage(job, stage, recipes[stage.name], plan, grow)
+                with _failure_kept(run, stage.name):
+                    run_stage(job, stage, recipes[stage.name], plan, grow)
         finally:
             job.stop()
     return run
+
+
+@contextlib.contextmanager
+def _failure_kept(run, stage):
+    """What ends a stage stands in failure.json too, for `tagmill status`."""
+    try:
+        yield
+    except BaseException as error:
+        known = translated(error) if isinstance(error, Exception) else None
+        code = {Terminated: errors.TERMINATED, KeyboardInterrupt: errors.INTERRUPTED}.get(type(error))
+        code = code or (known.code if known else TagmillError.code)
+        message = one_line(known or error) or type(error).__name__
+        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        with contextlib.suppress(OSError):  # a full disk is the error itself
+            write_json(run.root / FAILURE, {"stage": stage, "code": code, "message": message, "when": when})
+        raise
 
 
 def _current(run, stage, recipe):
