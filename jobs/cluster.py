@@ -8,7 +8,7 @@ A master and its workers run from the installed pyspark.  The folder holds all o
     conf/spark-defaults.conf   the secret and the settings of masters, workers and drivers, mode 600
     *.log, work*/              logs of the daemons; work folders of the workers with the logs of executors
 
-Spark reads spark-defaults.conf from SPARK_CONF_DIR: with that variable set to the conf folder, `tagmill --master URL` and
+Spark reads spark-defaults.conf from the folder SPARK_CONF_DIR: with that variable set, `tagmill --master URL` and
 `spark-submit` know the secret without its being on a command line, where every user of the host could read it.
 """
 
@@ -124,8 +124,13 @@ def _started(folder, workers, cores, memory, port, ui_port):
         with (folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
                 [spark_class(), *map(str, words)],
-                env={**env, **more}, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=folder,
-            )  # fmt: skip
+                env={**env, **more},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd=folder,
+            )
         state["processes"].append(
             {"name": name, "pid": process.pid, "created": psutil.Process(process.pid).create_time()}
         )
@@ -264,7 +269,8 @@ def main(argv: list[str] | None = None) -> int:
             return
         state = up(folder, args.workers, args.cores, args.memory, args.port, args.ui_port)
         print(_told(state))
-        print(f"{state['workers']} workers of {state['cores']} core and {state['memory']}, {state['ui']}", file=sys.stderr)
+        size = f"{state['workers']} workers, each with cores: {state['cores']}, memory: {state['memory']}"
+        print(f"{size}; {state['ui']}", file=sys.stderr)
 
     return guarded(command, args.debug)
 

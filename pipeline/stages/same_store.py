@@ -107,8 +107,8 @@ def _refuse_other_code(codes: Iterable[tuple[str, str]]):
     told = _by_problem((host, f"has {code}") for host, code in codes if code not in ("", ours))
     if told:
         raise ConfigError(
-            f"driver {socket.gethostname()} and executors run different versions of Tagmill or of its numeric packages: "
-            f"driver {ours}, {told}; install the same on all hosts, or ship it (make dist)"
+            f"driver {socket.gethostname()} and executors run different versions of Tagmill or of its numeric "
+            f"packages: driver {ours}, {told}; install the same on all hosts, or ship it (make dist)"
         )
 
 

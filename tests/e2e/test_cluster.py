@@ -11,6 +11,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pyspark
 import pytest
 
@@ -171,5 +172,5 @@ def test_nothing_is_left_of_a_cluster_that_was_stopped(tmp_path):
     make("up", folder)
     pids = [item["pid"] for item in json.loads((folder / "cluster.json").read_text())["processes"]]
     assert make("down", folder) == ["stopped: master, worker1, worker2"]
-    assert not any(Path(f"/proc/{pid}/cmdline").is_file() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids)
+    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
     assert make("down", folder) == [f"nothing runs in {folder}"]
