@@ -121,7 +121,7 @@ def test_two_hosts_give_the_bytes_of_one_and_build_the_matrix_once_each(cluster,
 
 
 def make(what, folder, **env):
-    """`make cluster-up` and `make cluster-down` are this command; the environment of the tests is not theirs to make."""
+    """What `make cluster-up` and `make cluster-down` run, with the environment of the tests; its lines of output."""
     done = subprocess.run(
         [sys.executable, "-m", "jobs.cluster", what, "--folder", folder],
         capture_output=True,
@@ -172,5 +172,5 @@ def test_nothing_is_left_of_a_cluster_that_was_stopped(tmp_path):
     make("up", folder)
     pids = [item["pid"] for item in json.loads((folder / "cluster.json").read_text())["processes"]]
     assert make("down", folder) == ["stopped: master, worker1, worker2"]
-    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
+    assert not [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
     assert make("down", folder) == [f"nothing runs in {folder}"]
