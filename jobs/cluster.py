@@ -108,6 +108,7 @@ def _started(folder, workers, cores, memory, port, ui_port):
         "SPARK_LOCAL_IP": HOST,  # all user interfaces listen here too
         "SPARK_DAEMON_MEMORY": "256m",
         "SPARK_DAEMON_JAVA_OPTS": "-XX:+UseSerialGC",
+        "SPARK_MASTER_OPTS": "-Dspark.port.maxRetries=0",  # a taken port is an error, not another port
     }
     env.pop("SPARK_HOME", None)  # of another Spark; spark-class finds its own
     state: dict = {
@@ -163,7 +164,6 @@ def _write_settings(conf, memory):
         "spark.master.rest.enabled": "false",  # takes jobs from anyone, secret or not
         "spark.master.ui.decommission.allow.mode": "DENY",
         "spark.ui.killEnabled": "false",
-        "spark.port.maxRetries": "0",  # a taken port is an error, not another port
         "spark.driver.host": HOST,
         "spark.driver.bindAddress": HOST,
         "spark.executor.memory": memory,
