@@ -3,12 +3,20 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export TAGMILL_PEERS ?= .venv-peers
+# of make cluster-up: where it keeps its state, how many workers of how much, the master's port (0: a free one)
+CLUSTER ?= .cluster
+CLUSTER_WORKERS ?= 2
+CLUSTER_CORES ?= 1
+CLUSTER_MEMORY ?= 1g
+CLUSTER_PORT ?= 0
+# of make dist: the Python of the executors' hosts; empty: the one behind $(VENV)
+WORKER_PYTHON ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow chaos bench bench-env lint lock clean
+.PHONY: help setup demo test test-slow chaos bench bench-env cluster-up cluster-down dist lint lock clean
 
 help:  ## what can be made
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.ok  ## the environment in .venv, from the hashed lock
 
@@ -46,6 +54,15 @@ $(TAGMILL_PEERS)/.ok: tests/bench/peers.lock | $(VENV)/.ok
 	$(BIN)/uv pip sync --quiet --require-hashes --build-constraints $< --python $(TAGMILL_PEERS)/bin/python $<
 	@touch $@
 
+cluster-up: $(VENV)/.ok  ## a Spark cluster on this machine: a master, two workers, a secret; prints its address
+	@$(BIN)/python -m jobs.cluster up --folder $(CLUSTER) --workers $(CLUSTER_WORKERS) --cores $(CLUSTER_CORES) --memory $(CLUSTER_MEMORY) --port $(CLUSTER_PORT)
+
+cluster-down: $(VENV)/.ok  ## stop it
+	@$(BIN)/python -m jobs.cluster down --folder $(CLUSTER)
+
+dist: $(VENV)/.ok  ## the wheel, and the environment of executors as one archive, in dist/
+	$(BIN)/python -m jobs.dist --output dist --python "$(WORKER_PYTHON)"
+
 lint: $(VENV)/.ok  ## ruff, types of the public interface, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,5 +72,5 @@ lint: $(VENV)/.ok  ## ruff, types of the public interface, layers
 lock: $(VENV)/.ok  ## resolve the dependencies anew
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-emit-index-url --generate-hashes --no-header --no-annotate --quiet --upgrade -o requirements.lock
 
-clean:  ## the environment and the demo run
-	rm -rf $(VENV) runs
+clean:  ## the environment, the demo run, what dist made
+	rm -rf $(VENV) runs dist

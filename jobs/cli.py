@@ -1,4 +1,4 @@
-"""The command `tagmill`: fit, tag, calibrate, show, compare, register, demo."""
+"""The command `tagmill`: fit, tag, calibrate, show, status, compare, register, demo."""
 
 import csv
 import json
@@ -192,6 +192,28 @@ def show(
             showing.overview(Run(run), as_json)
 
     _guarded(command, debug)
+
+
+@app.command()
+def status(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Tell what of a run is done, running, failed, left.
+
+    Exit code 0: complete; 75: a command works on it; 1: unfinished; else that of the command that failed.
+    """
+    codes = []
+
+    def command():
+        from jobs import status as telling
+
+        codes.append(telling.status(Run(run), as_json))
+
+    entry.logging_to_stderr(debug)
+    code = entry.guarded(command, debug)
+    raise typer.Exit(code or (codes[0] if codes else 0))
 
 
 @app.command()

@@ -2,9 +2,7 @@
 
 import contextlib
 import difflib
-import functools
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -13,8 +11,8 @@ import select
 import signal
 import sys
 import tempfile
+import time
 import traceback
-import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -23,10 +21,11 @@ import psutil
 from jobs import inputs
 from pipeline import config as configuration
 from pipeline import errors, sources, versions
+from pipeline.code import code_version
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError, TagmillError, shown
 from pipeline.flow import FIT, Stage, upstream
-from pipeline.store import Run, digest, explained, fingerprint, stages_done, write_json
+from pipeline.store import FAILURE, Run, digest, explained, fingerprint, stages_done, write_json
 
 log = logging.getLogger("tagmill")
 
@@ -82,6 +81,10 @@ class Job:
             if self._ours:
                 log.info("spark: starting on %s", self.cfg.spark.master)
             self._spark = session(self.cfg.spark, f"tagmill {self.run.root.name}")
+            if self._ours and not self.cfg.spark.master.startswith("local"):
+                from pipeline.stages.same_store import check_same_store
+
+                check_same_store(self._spark, self.run.root, self.cfg.spark.wait)
         return self._spark
 
     def stop(self) -> None:
@@ -162,22 +165,6 @@ def stage_settings(stage: str, cfg: Config) -> dict[str, object]:
     }
 
 
-@functools.cache
-def code_version() -> str:
-    """Hash of the modules that compute, and of the versions of the packages that touch numbers."""
-    root = Path(configuration.__file__).parent
-    files = [root / "sources.py", root / "tables.py"]
-    for layer in ("kernels", "learners", "stages"):
-        files += sorted((root / layer).glob("*.py"))
-    total = hashlib.sha256()
-    for path in files:
-        total.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    for package in ("numpy", "scipy", "numba", "llvmlite", "pyarrow"):
-        total.update(f"{package} {importlib.metadata.version(package)}\0".encode())
-    total.update(unicodedata.unidata_version.encode())  # what counts as a letter
-    return total.hexdigest()[:16]
-
-
 # -- a fit, or one stage of it -----------------------------------------------------------------------------------------
 
 
@@ -233,11 +220,29 @@ def fit(
             run.drop(redone if only != ("register",) else only)
             if job.version and not _current(run, "calibrate", recipes["calibrate"]):
                 versions.put_back(run, job.version)
+            (run.root / FAILURE).unlink(missing_ok=True)
             for stage in stages:
-                run_stage(job, stage, recipes[stage.name], plan, grow)
+                with _failure_kept(run, stage.name):
+                    run_stage(job, stage, recipes[stage.name], plan, grow)
         finally:
             job.stop()
     return run
+
+
+@contextlib.contextmanager
+def _failure_kept(run, stage):
+    """What ends a stage stands in failure.json too, for `tagmill status`."""
+    try:
+        yield
+    except BaseException as error:
+        known = translated(error) if isinstance(error, Exception) else None
+        code = {Terminated: errors.TERMINATED, KeyboardInterrupt: errors.INTERRUPTED}.get(type(error))
+        code = code or (known.code if known else TagmillError.code)
+        message = one_line(known or error) or type(error).__name__
+        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        with contextlib.suppress(OSError):  # a full disk is the error itself
+            write_json(run.root / FAILURE, {"stage": stage, "code": code, "message": message, "when": when})
+        raise
 
 
 def _current(run, stage, recipe):

@@ -29,7 +29,9 @@ def planned(path: str, cfg, spark=None, need_labels: bool = True) -> sources.Pla
         )
     if not is_table(path):
         return sources.plan(path, cfg.input, need_labels=need_labels)
-    return sources.Plan((), ((path, 0, content_mark(_table(path, cfg, spark))),), ())
+    table = _table(path, cfg, spark)
+    spark.sparkContext.setJobDescription("ingest: identity of the table")
+    return sources.Plan((), ((path, 0, content_mark(table)),), ())
 
 
 def exported(plan: sources.Plan, cfg, spark, run: Run, need_labels: bool = True) -> sources.Plan:
@@ -39,6 +41,7 @@ def exported(plan: sources.Plan, cfg, spark, run: Run, need_labels: bool = True)
         return plan
     folder = run.root / "ingest" / f"table-{mark}"
     shutil.rmtree(folder, ignore_errors=True)
+    spark.sparkContext.setJobDescription("ingest: rows of the table")
     _table(path, cfg, spark).write.parquet(folder.as_uri())
     files = sources.plan(str(folder), cfg.input, need_labels=need_labels)
     return dataclasses.replace(files, files=((path, sum(size for _, size, _ in files.files), mark),))

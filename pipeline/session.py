@@ -26,8 +26,9 @@ INCUBATOR = "--add-modules=jdk.incubator.vector"
 def session(cfg, app: str = "tagmill"):
     """A SparkSession for SparkConfig `cfg`.  Raises ServiceError where the master does not answer."""
     os.environ["JAVA_HOME"] = java_home()
-    os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
-    local = cfg.master.startswith("local")
+    os.environ["PYSPARK_PYTHON"] = worker_python(cfg)
+    os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
+    local = on_this_host(cfg.master)
     if local:
         os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
     from pyspark.sql import SparkSession
@@ -38,12 +39,37 @@ def session(cfg, app: str = "tagmill"):
     try:
         spark = builder.getOrCreate()
     except Exception as error:  # py4j wraps whatever the JVM met
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ServiceError(
-            f"Spark did not start on {shown(cfg.master)}: {shown(first, 200)}; check spark.master"
+            f"Spark did not start on {shown(cfg.master)}: {shown(_cause(error), 200)}; check spark.master, and the "
+            "folder SPARK_CONF_DIR if the cluster asks for a secret"
         ) from error
     spark.sparkContext.setLogLevel("ERROR")
     return spark
+
+
+def _cause(error):
+    """What the JVM met, in a line; py4j tells first which call it was in."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return next((line[2:] for line in lines if line.startswith(": ")), lines[0])
+
+
+def worker_python(cfg) -> str:
+    """The Python that Spark starts on the executors.
+
+    It is `spark.pyspark.python` of spark.options, which Spark reads in spark-submit alone; under spark-submit what that
+    made of its own setting; else the Python of the driver.
+    """
+    submitted = os.environ.get("PYSPARK_PYTHON") if "PYSPARK_GATEWAY_PORT" in os.environ else None
+    return cfg.options.get("spark.pyspark.python") or submitted or sys.executable
+
+
+def on_this_host(master: str) -> bool:
+    """Whether drivers, executors and a master are on this host alone, so that the loopback connects them all.
+
+    >>> on_this_host("local[2]"), on_this_host("spark://127.0.0.1:7077"), on_this_host("spark://host:7077")
+    (True, True, False)
+    """
+    return master.startswith("local") or bool(re.match(r"spark://(127\.\d+\.\d+\.\d+|localhost):\d+$", master))
 
 
 def active() -> bool:

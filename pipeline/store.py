@@ -4,6 +4,7 @@
     RUN/.lock                                  held by the one process that writes
     RUN/<stage>/<attempt>/<table>-00000.parquet
     RUN/<stage>/MANIFEST.json                  which files count: written last, atomically
+    RUN/failure.json                           why the last command stopped, if it did
     RUN/scores/<key>/scores-00000.npy          scores of the test fold; may be deleted (`stages.scores`)
     RUN/versions/0001/                         earlier thresholds with their metrics (`versions`)
     RUN/metrics.json, RUN/report.html          copies for people, published with the manifest of `evaluate`
@@ -36,6 +37,8 @@ from pipeline.tables import TABLES, conform
 
 FORMAT = 1  # of the run folder; a larger number is refused
 MANIFEST = "MANIFEST.json"
+FAILURE = "failure.json"  # stage, code, message, when: why the last command stopped; gone with the next one
+PROBE = ".probe-"  # folder by which driver and executors find out whether they see the same storage
 
 
 @contextlib.contextmanager
@@ -171,8 +174,8 @@ class Run:
             if self.root.exists() and not self.root.is_dir():
                 raise ConfigError(f"{self.root}: is a file; expected a new or empty folder: choose another --run")
             self.root.mkdir(parents=True, exist_ok=True, mode=0o750)
-            # a run that was killed before its run.json stood leaves the lock and a temporary file: both are ours
-            ours = re.compile(r"\.lock|\.run\.json\.[0-9a-f]{8}\.tmp")
+            # a run that was killed before its run.json stood leaves the lock, a temporary file, a probe: all are ours
+            ours = re.compile(rf"\.lock|\.run\.json\.[0-9a-f]{{8}}\.tmp|{re.escape(PROBE)}[0-9a-f]{{8}}")
             foreign = [p.name for p in self.root.iterdir() if not ours.fullmatch(p.name)] if not self.exists else []
         if foreign:
             raise ConfigError(
@@ -187,17 +190,41 @@ class Run:
         with explained(path, "lock"):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "an unknown process"
-                raise LockedError(f"{self.root}: locked by {shown(holder, 200)}; wait for it or stop it") from None
+            for tries_left in reversed(range(5)):
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if tries_left:  # `holder` may have it, for a moment
+                        time.sleep(0.05)
+                        continue
+                    raise LockedError(
+                        f"{self.root}: locked by {shown(_holder(descriptor), 200)}; wait for it or stop it"
+                    ) from None
             since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
             yield
         finally:
             os.close(descriptor)
+
+    def holder(self) -> str | None:
+        """Who holds the folder's lock, as text, or None where nobody does."""
+        path = self.root / ".lock"
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        except OSError:
+            with explained(path, "read"):
+                raise
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _holder(descriptor)
+        finally:
+            os.close(descriptor)
+        return None
 
     # -- manifests -----------------------------------------------------------------------------------------------------
 
@@ -295,6 +322,10 @@ class Run:
             if not path.is_relative_to(self.root.resolve()):
                 raise DataError(f"{place} names {shown(path, 300)}, outside of the run")
             yield path, item
+
+
+def _holder(descriptor):
+    return os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "an unknown process"
 
 
 def stages_done(run: Run) -> list[str]:

@@ -187,7 +187,7 @@ class _Work:
         try:
             found = run_tasks(
                 self.spark,
-                f"train: {labels} labels in {len(tasks)} blocks",
+                f"train: {labels:,} labels, block{'' if len(tasks) == 1 else 's'} {ranges([n for n, _ in tasks])}",
                 _solver(shared, cfg.train),
                 [(number, block, str(self.attempt)) for number, block in tasks],
             )
@@ -284,6 +284,22 @@ def summary(facts: dict, rows: dict) -> str:
         f"{facts['nonzero_weights']:,} weights ({shown_bytes(facts['model_bytes'])}), "
         f"{rows['suspicious']:,} suspicious gold labels"
     )
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers for people; at most ten runs of them are told.
+
+    >>> ranges([0, 1, 2, 5, 7, 8])
+    '0-2, 5, 7-8'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    told = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs[:10])
+    return told if len(runs) <= 10 else f"{told}, ..."
 
 
 def finished_block(folder: Path, number: int) -> dict | None:

@@ -11,6 +11,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pyspark
 import pytest
 
@@ -117,3 +118,59 @@ def test_two_hosts_give_the_bytes_of_one_and_build_the_matrix_once_each(cluster,
     local = fit(corpus, tmp_path / "local", "local[2]", tmp_path / "home")
     assert list(local.manifest("train")["matrix_builds"].values()) == [1]
     assert prints(spread) == prints(local)
+
+
+def make(what, folder, **env):
+    """What `make cluster-up` and `make cluster-down` run, with the environment of the tests; its lines of output."""
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.cluster", what, "--folder", folder],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, **env},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def own_cluster(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own") / "cluster"
+    yield folder, make("up", folder)[0]
+    make("down", folder)
+
+
+@pytest.mark.slow
+def test_a_cluster_of_ones_own_gives_the_bytes_of_one_process(own_cluster, toy, tmp_path, monkeypatch):
+    folder, master = own_cluster
+    local = fit(toy, tmp_path / "local", "local[2]", tmp_path / "home")
+    monkeypatch.setenv("SPARK_CONF_DIR", str(folder / "conf"))
+    assert make("up", folder)[0] == master, "a second one was started"
+    spread = fit(toy, tmp_path / "spread", master, tmp_path / "home")
+    assert prints(spread) == prints(local)
+    assert not list(spread.root.glob(".probe-*"))
+    secret = (folder / "conf" / "spark-defaults.conf").read_text().split("secret ")[1].split()[0]
+    written = [p for root in (folder, spread.root) for p in root.rglob("*") if p.is_file() and p.parent.name != "conf"]
+    assert not any(secret.encode() in p.read_bytes() for p in written), "the secret was written somewhere else"
+
+
+@pytest.mark.slow
+def test_a_driver_without_the_secret_is_refused(own_cluster, toy, tmp_path):
+    _, master = own_cluster
+    command = [TAGMILL, "fit", "--input", str(toy), "--run", str(tmp_path / "run"), "--master", master]
+    done = subprocess.run(
+        [*command, "--set", "mlflow.enabled=false"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 69, done.stderr
+    assert "SPARK_CONF_DIR" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_a_cluster_that_was_stopped(tmp_path):
+    folder = tmp_path / "cluster"
+    make("up", folder)
+    pids = [item["pid"] for item in json.loads((folder / "cluster.json").read_text())["processes"]]
+    assert make("down", folder) == ["stopped: master, worker1, worker2"]
+    assert not [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+    assert make("down", folder) == [f"nothing runs in {folder}"]

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import CalibrateConfig
+from pipeline.store import Run
 
 TAGMILL = str(Path(sys.executable).parent / "tagmill")
 SETS = ["--set", "train.labels_per_block=2", "--set", "spark.driver_memory=1g", "--master", "local[2]"]
@@ -123,6 +124,27 @@ def test_show(place, tmp_path):
     assert settings["train.C"]["value"] == 3.0
     assert settings["train.C"]["from"] == "--set train.C=3"
     assert settings["train.folds"]["from"] == "default"
+
+
+def test_status(place, tmp_path, toy):
+    root, _ = place
+    at = {"home": root / "home", "cwd": tmp_path}
+    value = json.loads(command("status", root / "run", "--json", **at).stdout)
+    assert (value["state"], value["code"], value["remaining"]) == ("complete", 0, [])
+    assert value["train"]["blocks"] == value["train"]["done"] == 4
+    assert "run: complete" in command("status", root / "run", **at).stdout
+    assert "not a run folder" in command("status", tmp_path, expect=66, **at).stderr
+    with Run(root / "run").writing():
+        assert "running, process" in command("status", root / "run", expect=75, **at).stdout
+    # what ends a command is told until the same command goes on
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"doc_id": 1\n' * 3)
+    failed = command("fit", "--input", bad, "--run", "bad", *SETS, expect=65, **at)
+    told = json.loads(command("status", "bad", "--json", expect=65, **at).stdout)
+    assert told["failure"]["stage"] == "ingest"
+    assert told["failure"]["message"] in failed.stderr
+    command("fit", "--input", toy, "--run", "bad", *SETS, "--set", "mlflow.enabled=false", **at)
+    assert "bad: complete" in command("status", "bad", **at).stdout
 
 
 def test_calibrate_chooses_again_without_training(place):

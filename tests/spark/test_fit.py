@@ -302,3 +302,26 @@ def test_a_missing_table(fit):
 
     with pytest.raises(InputError, match="no such Spark table"):
         fit("table:nowhere")
+
+
+def test_every_job_says_its_stage_and_train_its_blocks(fit, spark, toy, tmp_path):
+    """What the user interface of Spark and the history server show."""
+    from jobs import tag as tagging
+
+    def descriptions():
+        jobs = spark.sparkContext._jsc.sc().statusStore().jobsList(None)
+        found = {}
+        for number in range(jobs.size()):
+            job = jobs.apply(number)
+            found[job.jobId()] = job.description().get() if job.description().isDefined() else ""
+        return found
+
+    before = set(descriptions())
+    run = fit(toy)
+    tagging.tag(
+        str(run.root), None, str(toy), str(tmp_path / "tags"), tagging.tag_config(str(run.root), None, list(SMALL))
+    )
+    told = [text for number, text in sorted(descriptions().items()) if number not in before]
+    stages = {text.split(":")[0] for text in told}
+    assert stages == {"ingest", "split", "featurize", "train", "evaluate", "tag"}
+    assert "train: 8 labels, blocks 0-3" in told

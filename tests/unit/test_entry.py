@@ -12,7 +12,7 @@ import pytest
 
 from jobs import entry
 from jobs.entry import Job, code_version, guarded, stage_settings, translated
-from pipeline import errors
+from pipeline import code, errors
 from pipeline.config import Config, load
 from pipeline.errors import (
     ConfigError,
@@ -389,9 +389,9 @@ def test_settings_of_a_stage_are_its_own_without_limits():
 def copied(tmp_path, monkeypatch):
     """A copy of the library, and the version that it gives."""
     folder = tmp_path / "pipeline"
-    source = Path(entry.configuration.__file__).parent
+    source = Path(code.__file__).parent
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("__pycache__", "*.nb?"))
-    monkeypatch.setattr(entry.configuration, "__file__", str(folder / "config.py"))
+    monkeypatch.setattr(code, "__file__", str(folder / "code.py"))
     return folder, code_version.__wrapped__
 
 

@@ -85,6 +85,7 @@ OTHER = {
     "spark.master": "local[2]",
     "spark.partitions": 3,
     "spark.driver_memory": "3g",
+    "spark.wait": 30,
     "spark.cache_dir": "/cache",
     "spark.options": {"spark.executor.memory": "1g"},
     "mlflow.enabled": False,
@@ -102,6 +103,7 @@ NO_RESULT = {
     "spark.master",
     "spark.partitions",
     "spark.driver_memory",
+    "spark.wait",
     "spark.cache_dir",
     "spark.options",
     # whether and where a finished run is reported

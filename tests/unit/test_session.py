@@ -8,7 +8,17 @@ import pytest
 from pipeline import session
 from pipeline.config import SparkConfig
 from pipeline.errors import ConfigError
-from pipeline.session import INCUBATOR, cores, defaults, java_home, java_version, retrying, without_incubator
+from pipeline.session import (
+    INCUBATOR,
+    cores,
+    defaults,
+    java_home,
+    java_version,
+    on_this_host,
+    retrying,
+    without_incubator,
+    worker_python,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +101,38 @@ def test_settings_of_the_configuration_arrive():
     settings = defaults(SparkConfig(partitions=7, driver_memory="3g"), True)
     assert settings["spark.sql.shuffle.partitions"] == "7"
     assert settings["spark.driver.memory"] == "3g"
+
+
+@pytest.mark.parametrize(
+    ("master", "expected"),
+    [
+        ("local", True),
+        ("local[*]", True),
+        ("local-cluster[2,1,1024]", True),
+        ("spark://127.0.0.1:7077", True),
+        ("spark://localhost:7077", True),
+        ("spark://host:7077", False),
+        ("spark://127.0.0.1:7077,host:7077", False),
+        ("spark://127.0.0.1.example.org:7077", False),
+        ("yarn", False),
+        ("k8s://https://127.0.0.1:6443", False),
+    ],
+)
+def test_the_loopback_is_enough_where_all_is_on_this_host(master, expected):
+    assert on_this_host(master) is expected
+
+
+def test_the_python_of_the_workers(monkeypatch):
+    packed = SparkConfig(options={"spark.pyspark.python": "./environment/bin/python"})
+    monkeypatch.delenv("PYSPARK_GATEWAY_PORT", raising=False)
+    monkeypatch.setenv("PYSPARK_PYTHON", "/other/python")
+    assert worker_python(SparkConfig()) == sys.executable
+    assert worker_python(packed) == "./environment/bin/python"
+    monkeypatch.setenv("PYSPARK_GATEWAY_PORT", "1")  # under spark-submit
+    assert worker_python(SparkConfig()) == "/other/python"
+    assert worker_python(packed) == "./environment/bin/python"
+    monkeypatch.delenv("PYSPARK_PYTHON")
+    assert worker_python(SparkConfig()) == sys.executable
 
 
 # -- which Java --------------------------------------------------------------------------------------------------------
