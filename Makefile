@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export TAGMILL_PEERS ?= .venv-peers
+AIRFLOW ?= .venv-airflow
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench bench-env lint lock clean
+.PHONY: help setup demo test test-slow bench bench-env airflow-env airflow-test lint lock clean
 
 help:  ## what can be made
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.ok  ## the environment in .venv, from the hashed lock
 
@@ -41,6 +42,17 @@ $(TAGMILL_PEERS)/.ok: tests/bench/peers.lock | $(VENV)/.ok
 	$(PYTHON) -m venv $(TAGMILL_PEERS)
 	$(BIN)/uv pip sync --quiet --require-hashes --build-constraints $< --python $(TAGMILL_PEERS)/bin/python $<
 	@touch $@
+
+airflow-env: $(AIRFLOW)/.ok  ## Airflow with its Spark provider in an environment of its own, from its hashed lock
+
+# it has its own versions of what MLflow uses too, and a part of another PySpark
+$(AIRFLOW)/.ok: conf/airflow.lock | $(VENV)/.ok
+	$(PYTHON) -m venv $(AIRFLOW)
+	$(BIN)/uv pip sync --quiet --require-hashes --python $(AIRFLOW)/bin/python $<
+	@touch $@
+
+airflow-test: $(VENV)/.ok airflow-env  ## the DAGs: their structure, and whole runs of both on a small corpus
+	TAGMILL_BIN=$(abspath $(BIN)) $(AIRFLOW)/bin/python -m pytest -q tests/airflow
 
 lint: $(VENV)/.ok  ## ruff, types of the public interface, layers
 	$(BIN)/ruff check .
