@@ -141,7 +141,7 @@ TAG_PARAMS = {
     "model": Param(
         None,
         type=["null", "string"],
-        pattern=rf"^({ABSOLUTE}|models:/[A-Za-z0-9_. -]+[/@][A-Za-z0-9_.-]+){END}",
+        pattern=rf"^({ABSOLUTE}|models:/[A-Za-z0-9][A-Za-z0-9_. -]*[/@][A-Za-z0-9][A-Za-z0-9_.-]*){END}",
         maxLength=LONGEST,
         description="Run folder or registered model; empty: the champion in the folder of runs.",
     ),
@@ -154,7 +154,7 @@ def known(params: dict, expected: dict) -> dict:
         if name not in expected:
             near = difflib.get_close_matches(name, expected, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise AirflowFailException(f"unknown parameter {name[:80]!r}{hint} Expected some of {', '.join(expected)}")
+            raise AirflowFailException(f"parameter {name[:80]!r} is unknown, expected {', '.join(expected)}{hint}")
     return params
 
 
@@ -312,7 +312,7 @@ def failure(stage: str, error: BaseException) -> AirflowException:
 
 def tell(context: dict) -> None:
     """Callback of a task that failed or waits for its retry: the one line that says why."""
-    log.error("tagmill %s", str(context.get("exception")).split("\n")[0])
+    log.error("tagmill: %s", str(context.get("exception")).split("\n")[0])
 
 
 class StageOperator(SparkSubmitOperator):
@@ -409,8 +409,8 @@ TRIAGE = "\n".join(
 
 NOTES = """
 Each task is one `spark-submit jobs/<stage>.py`; the last line of its log that begins with `tagmill:` says what is
-wrong. A task can be cleared at any time: what is finished and current is skipped, a killed `train` solves only the blocks that
-are missing, and two writers of one run folder exclude each other (exit code 75).
+wrong. A task can be cleared at any time: what is finished and current is skipped, a killed `train` solves only the
+blocks that are missing, and two writers of one run folder exclude each other (exit code 75).
 Look at a run with `tagmill show RUN`, at two with `tagmill compare CHAMPION RUN`.
 
 """
