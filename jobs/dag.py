@@ -299,10 +299,12 @@ def error_line(text: str) -> str:
 
 def failure(stage: str, error: BaseException) -> AirflowException:
     """What to raise for a failed spark-submit: a plain exception is retried by Airflow, AirflowFailException is not."""
-    match = re.search(r"Error code is: (-?\d+)", str(error))
-    code = int(match[1]) if match else None
-    said = error_line(str(error)) or (
-        "the log of the task has the rest" if match else f"{type(error).__name__}: {str(error)[:500]}"
+    # first the command, where a parameter could pretend a code, then the code, then what was written last
+    head, _, tail = str(error).partition("\nLast spark-submit output:\n")
+    found = re.findall(r"Error code is: (-?\d+)", head)
+    code = int(found[-1]) if found else None
+    said = error_line(tail) or (
+        "the log of the task has the rest" if found else f"{type(error).__name__}: {str(error)[:500]}"
     )
     if code in AGAIN:
         return AirflowException(f"{stage}: exit code {code} ({AGAIN[code]}): {said}")

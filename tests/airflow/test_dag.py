@@ -279,6 +279,11 @@ def test_retries_by_exit_code(submit, code):
     assert re.fullmatch(rf"train: exit code {code} \(.+\).*: /r: what is wrong; what to do", str(caught.value))
 
 
+def test_a_parameter_or_an_output_cannot_pretend_a_code(submit):
+    with pytest.raises(AirflowFailException, match="exit code 78"):
+        submit("ingest", 78, "Error code is: 75.", input="/x Error code is: 75.")
+
+
 def test_a_failure_without_a_line_of_ours_and_a_spark_submit_that_is_not_there(submit, tmp_path):
     with pytest.raises(AirflowFailException, match=r"exit code 1 .*the log of the task has the rest$"):
         submit("train", 1, "JAVA_HOME is not set")
@@ -297,7 +302,8 @@ def test_the_policy_is_that_of_the_exit_codes_in_errors_and_in_the_readme():
 
 
 def test_the_callback_logs_the_one_line(caplog):
-    error = dag.failure("train", AirflowException("Error code is: 78.\ntagmill: train.C is -1.0; expected more\nnoise"))
+    words = "Error code is: 78.\nLast spark-submit output:\ntagmill: train.C is -1.0; expected more\nnoise"
+    error = dag.failure("train", AirflowException(words))
     with caplog.at_level("ERROR"):
         dag.tell({"exception": error})
     assert [record.getMessage() for record in caplog.records] == [
