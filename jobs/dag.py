@@ -174,15 +174,15 @@ DATE = re.compile(r"\d{4}-\d{2}-\d{2}(T\d{6}(\d{6})?)?")
 
 
 def date_in(context: dict) -> str:
-    """The date of a DAG run: of the model that triggered it, else of its data interval, else when it was to run.
+    """The date of a DAG run: of the latest model that triggered it, else of its data interval, else when it was to run.
 
     The clock is never asked: a retry, or the same run cleared, has the same date.
     """
-    for events in dict(context.get("triggering_asset_events") or {}).values():
-        for event in reversed(list(events)):
-            date = (event.extra or {}).get("date")
-            if isinstance(date, str) and DATE.fullmatch(date):  # anybody who may update the asset may write here
-                return date
+    events = [event for some in dict(context.get("triggering_asset_events") or {}).values() for event in some]
+    for event in sorted(events, key=lambda event: event.timestamp, reverse=True):  # they come in any order
+        date = (event.extra or {}).get("date")
+        if isinstance(date, str) and DATE.fullmatch(date):  # anybody who may update the asset may write here
+            return date
     return date_of(context.get("data_interval_start") or context["dag_run"].run_after)
 
 

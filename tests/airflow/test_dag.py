@@ -170,8 +170,8 @@ def test_unknown_parameters_are_refused_with_the_nearest_name():
 # -- dates -------------------------------------------------------------------------------------------------------------
 
 
-def event(**extra):
-    return SimpleNamespace(extra=extra)
+def event(day, **extra):
+    return SimpleNamespace(extra=extra, timestamp=datetime(2026, 11, day, tzinfo=UTC))
 
 
 def test_a_run_is_named_by_its_data_interval():
@@ -186,10 +186,11 @@ def test_a_run_is_named_by_its_data_interval():
     run = SimpleNamespace(run_after=later)
     assert dag.date_in({"data_interval_start": start, "dag_run": run}) == "2026-11-23"
     assert dag.date_in({"data_interval_start": None, "dag_run": run}) == "2026-11-25T070000"
-    events = {"asset": [event(date="2026-11-01"), event(date="2026-11-02")]}
-    assert dag.date_in({"triggering_asset_events": events, "data_interval_start": start}) == "2026-11-02"
+    for days in ([20, 21], [21, 20]):
+        events = {"asset": [event(day, date=f"2026-11-{day - 10}") for day in days]}
+        assert dag.date_in({"triggering_asset_events": events, "data_interval_start": start}) == "2026-11-11"
     for hostile in ("../../etc", "2026-11-02/..", "2026-11-02\n", 7, None):
-        context = {"triggering_asset_events": {"asset": [event(date=hostile)]}, "data_interval_start": start}
+        context = {"triggering_asset_events": {"asset": [event(20, date=hostile)]}, "data_interval_start": start}
         assert dag.date_in(context) == "2026-11-23"
 
 
