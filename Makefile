@@ -12,8 +12,10 @@ CLUSTER_PORT ?= 0
 # of make dist: the Python of the executors' hosts; empty: the one behind $(VENV)
 WORKER_PYTHON ?=
 
+AIRFLOW ?= .venv-airflow
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow chaos bench bench-env cluster-up cluster-down dist lint lock clean
+.PHONY: help setup demo test test-slow chaos bench bench-env cluster-up cluster-down dist airflow-env airflow-test lint lock clean
 
 help:  ## what can be made
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +64,17 @@ cluster-down: $(VENV)/.ok  ## stop it
 
 dist: $(VENV)/.ok  ## the wheel, and the environment of executors as one archive, in dist/
 	$(BIN)/python -m jobs.dist --output dist --python "$(WORKER_PYTHON)"
+
+airflow-env: $(AIRFLOW)/.ok  ## Airflow with its Spark provider in an environment of its own, from its hashed lock
+
+# it has its own versions of what MLflow uses too, and a part of another PySpark
+$(AIRFLOW)/.ok: conf/airflow.lock | $(VENV)/.ok
+	$(PYTHON) -m venv $(AIRFLOW)
+	$(BIN)/uv pip sync --quiet --require-hashes --python $(AIRFLOW)/bin/python $<
+	@touch $@
+
+airflow-test: $(VENV)/.ok airflow-env  ## the DAGs: their structure, and whole runs of both on a small corpus
+	TAGMILL_BIN=$(abspath $(BIN)) $(AIRFLOW)/bin/python -m pytest -q tests/airflow
 
 lint: $(VENV)/.ok  ## ruff, types of the public interface, layers
 	$(BIN)/ruff check .

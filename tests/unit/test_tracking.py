@@ -324,6 +324,17 @@ def test_an_interrupted_attempt_is_closed_and_sent_anew(sent, tmp_path, monkeypa
     assert champion(sent.client) == 2
 
 
+def test_a_run_may_be_sent_without_the_alias_and_take_it_later(sent, tmp_path):
+    """As under Airflow, where the gate stands between the two."""
+    run = finished_run(tmp_path / "third", sent.cfg, seed=2)
+    before = champion(sent.client)
+    without = settings(f"mlflow.tracking_uri={sent.cfg.mlflow.tracking_uri}", 'mlflow.alias=""')
+    version = tracking.send(run, without)["model_version"]
+    assert int(version) > before and champion(sent.client) == before
+    assert tracking.send(run, sent.cfg)["model_version"] == version
+    assert champion(sent.client) == int(version)
+
+
 def test_nothing_of_the_process_is_changed_and_nothing_is_said(sent, monkeypatch, capfd):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     import mlflow
