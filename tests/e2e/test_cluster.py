@@ -15,6 +15,7 @@ import psutil
 import pyspark
 import pytest
 
+from jobs import dist
 from pipeline.session import java_home
 from pipeline.store import Run
 from tests.e2e.test_kill import BLOCK, corpus  # noqa: F401  (a fixture)
@@ -22,6 +23,7 @@ from tests.spark.test_fit import prints
 
 TAGMILL = str(Path(sys.executable).parent / "tagmill")
 SPARK_CLASS = str(Path(pyspark.__file__).parent / "bin" / "spark-class")
+ROOT = Path(dist.__file__).parents[1]
 DEPLOY = "org.apache.spark.deploy"
 
 
@@ -87,12 +89,13 @@ def alive(ui) -> int:
         return 0
 
 
-def fit(corpus, run, master, home):  # noqa: F811
+def fit(corpus, run, master, home, *more):  # noqa: F811
     sets = (
         "mlflow.enabled=false",
         f"train.labels_per_block={BLOCK}",
         "spark.options.spark.driver.host=127.0.0.1",
         "spark.options.spark.executor.memory=700m",
+        *more,
     )
     command = [TAGMILL, "fit", "--input", corpus, "--run", run, "--master", master]
     done = subprocess.run(
@@ -120,7 +123,7 @@ def test_two_hosts_give_the_bytes_of_one_and_build_the_matrix_once_each(cluster,
     assert prints(spread) == prints(local)
 
 
-def make(what, folder, **env):
+def make(what, folder, env=os.environ):
     """What `make cluster-up` and `make cluster-down` run, with the environment of the tests; its lines of output."""
     done = subprocess.run(
         [sys.executable, "-m", "jobs.cluster", what, "--folder", folder],
@@ -128,7 +131,8 @@ def make(what, folder, **env):
         text=True,
         timeout=300,
         check=False,
-        env={**os.environ, **env},
+        env=env,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -141,10 +145,16 @@ def own_cluster(tmp_path_factory):
     make("down", folder)
 
 
+@pytest.fixture(scope="module")
+def local(toy, tmp_path_factory):
+    """What one process makes of the toy corpus."""
+    root = tmp_path_factory.mktemp("local")
+    return fit(toy, root / "run", "local[2]", root / "home")
+
+
 @pytest.mark.slow
-def test_a_cluster_of_ones_own_gives_the_bytes_of_one_process(own_cluster, toy, tmp_path, monkeypatch):
+def test_a_cluster_of_ones_own_gives_the_bytes_of_one_process(own_cluster, local, toy, tmp_path, monkeypatch):
     folder, master = own_cluster
-    local = fit(toy, tmp_path / "local", "local[2]", tmp_path / "home")
     monkeypatch.setenv("SPARK_CONF_DIR", str(folder / "conf"))
     assert make("up", folder)[0] == master, "a second one was started"
     spread = fit(toy, tmp_path / "spread", master, tmp_path / "home")
@@ -174,3 +184,22 @@ def test_nothing_is_left_of_a_cluster_that_was_stopped(tmp_path):
     assert make("down", folder) == ["stopped: master, worker1, worker2"]
     assert not [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
     assert make("down", folder) == [f"nothing runs in {folder}"]
+
+
+@pytest.mark.slow
+def test_executors_that_have_nothing_but_the_archive_give_the_same_bytes(local, toy, tmp_path, monkeypatch):
+    _, archive = dist.build(tmp_path / "dist", dist.base_python())
+    folder = tmp_path / "cluster"
+    bare = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    try:
+        master = make("up", folder, {**bare, "PATH": "/usr/bin:/bin"})[0]
+        monkeypatch.setenv("SPARK_CONF_DIR", str(folder / "conf"))
+        packed = (
+            f"spark.options.spark.archives={archive}#environment",
+            "spark.options.spark.pyspark.python=./environment/bin/python",
+        )
+        spread = fit(toy, tmp_path / "spread", master, tmp_path / "home", *packed)
+        assert len(list(folder.glob("work*/app-*/*/environment/bin/python"))) == 2
+    finally:
+        make("down", folder)
+    assert prints(spread) == prints(local)
