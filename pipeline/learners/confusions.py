@@ -33,11 +33,10 @@ def error_pairs(documents: pa.Table, n_labels: int) -> Pairs:
     wrong = said[~np.isin(said, known, assume_unique=True)]
     n = documents.num_rows
     misses, wrongs = (np.bincount(keys // n_labels, minlength=n) for keys in (missed, wrong))
-    wrongs[misses * wrongs > MOST_PAIRS] = 0
     # every missed label of a document with every wrong tag of it, without a loop over documents
     row = missed // n_labels
-    each = wrongs[row]
-    first = (np.cumsum(np.bincount(wrong // n_labels, minlength=n)) - np.bincount(wrong // n_labels, minlength=n))[row]
+    each = np.where(misses * wrongs > MOST_PAIRS, 0, wrongs)[row]
+    first = (np.cumsum(wrongs) - wrongs)[row]
     place = np.arange(each.sum()) - np.repeat(np.cumsum(each) - each, each) + np.repeat(first, each)
     found = np.repeat(missed % n_labels, each) * n_labels + wrong[place] % n_labels
     return Pairs(*np.unique(found, return_counts=True))

@@ -15,6 +15,7 @@ from pipeline.kernels.ranking import Cuts
 from pipeline.learners.label_rules import merged_gold
 from pipeline.learners.matrix import gold_pairs
 from pipeline.learners.tagger import SCORES_AT_ONCE, Decisions, Weights, tag_lists
+from pipeline.learners.vectorizer import one_array
 from pipeline.tables import TABLES
 
 
@@ -81,11 +82,7 @@ def chunks(part: Part, labels: list[str], test: int, weights: Weights, kept: np.
         place = np.searchsorted(named["row"].to_numpy(), row)
         order = np.lexsort((label_id, place))
         indptr = _indptr(np.bincount(place, minlength=named.num_rows))
-        yield Chunk(S, indptr, label_id[order], _array(named["row"]), _array(named["doc_id"]))
-
-
-def _array(column):
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        yield Chunk(S, indptr, label_id[order], one_array(named["row"]), one_array(named["doc_id"]))
 
 
 def _rows_at_once(n_labels):
@@ -238,12 +235,12 @@ def label_table(
     return pa.table(columns)
 
 
-def examples(part: Part, labels, test, weights, decisions, most, characters) -> list[dict]:
+def examples(part: Part, labels, test, weights, kept, decisions, most, characters) -> list[dict]:
     """The first `most` test documents of a part: doc_id, text (cut), gold labels, tags with probability."""
     rows = rows_of_fold(part.folds, test)[:most]
     if rows.size == 0:
         return []
-    S = np.concatenate(list(scored(part.features, rows, weights)))
+    S = kept[:most] if kept is not None else np.concatenate(list(scored(part.features, rows, weights)))
     tags = tag_lists(S, decisions, labels).to_pylist()
     shown = pq.read_table(part.documents, columns=["doc_id", "text", "labels"]).take(rows).to_pylist()
     return [

@@ -43,14 +43,15 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
     rules = rules_of(run)
     closure = hierarchy_closure(rules, names) if rules else None
     undefined = float(cfg.evaluate.if_undefined)
+    thresholds, decision = run.read("thresholds"), decision_of(run)
     folder = scores.folder_of(run, documents["test"], len(names), cfg.evaluate.keep_scores)
     shared = spark.sparkContext.broadcast(
         {
             "labels": names,
             "weights": str(run.files("weights")[0].parent),
-            "thresholds": run.read("thresholds"),
+            "thresholds": thresholds,
             "rules": compiled(rules, names) if rules else None,
-            "document": decision_of(run),
+            "document": decision,
             "closure": closure,
             "propensity": propensity,
             "if_undefined": undefined,
@@ -81,14 +82,14 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
         metrics |= hierarchical_metrics(hits, said, known, undefined)
     changed = rule_changes(sums, undefined)
     status = run.read("label_models", ["label_id", "status"]).sort_by("label_id")["status"].to_pylist()
-    table = judge.label_table(support, sums, cuts, curve_sums, names, run.read("thresholds"), status, undefined)
+    table = judge.label_table(support, sums, cuts, curve_sums, names, thresholds, status, undefined)
     items = [item for _, item, _ in judged]
     paths = [attempt / item["file"] for item in items]
     card = {
         "metrics": metrics,
         "intervals": intervals(paths, n, len(names), metrics, cfg.evaluate),
         "groups": support_groups(table, undefined),
-        "conventions": conventions(cfg) | decision_of(run).conventions(),
+        "conventions": conventions(cfg) | decision.conventions(),
         "counts": {
             "documents": n,
             "labels": len(names),
@@ -329,5 +330,6 @@ def _judge_part(shared, fold, numbered):
 
     number, part = numbered
     item = write_part(s["attempt"], "test_documents", rows(), number)
-    shown = judge.examples(part, s["labels"], TEST, weights, decisions, EXAMPLES, EXAMPLE_CHARACTERS)
+    kept = scores.again(s["scores"], number)
+    shown = judge.examples(part, s["labels"], TEST, weights, kept, decisions, EXAMPLES, EXAMPLE_CHARACTERS)
     return judge.added(sums), item, shown
