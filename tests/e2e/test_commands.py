@@ -126,6 +126,7 @@ def test_show(place, tmp_path):
     assert settings["train.folds"]["from"] == "default"
 
 
+@pytest.mark.slow
 def test_status(place, tmp_path, toy):
     root, _ = place
     at = {"home": root / "home", "cwd": tmp_path}
@@ -168,6 +169,7 @@ def test_calibrate_chooses_again_without_training(place):
     assert json.loads((root / "run" / "metrics.json").read_text())["metrics"] == before
 
 
+@pytest.mark.slow
 def test_an_earlier_version_comes_back(place):
     root, _ = place
     at = {"home": root / "home", "cwd": root}
@@ -222,6 +224,7 @@ def test_usage_errors(tmp_path, toy):
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.slow
 def test_one_stage_at_a_time_as_a_scheduler_runs_it(tmp_path, toy):
     """python -m jobs.<stage>, each in a process of its own, gives what `tagmill fit` gives."""
     run = tmp_path / "run"
