@@ -1,7 +1,9 @@
 """Tag new documents with a fitted run or a registered model.
 
 The output folder appears whole or not at all: the work is done in a hidden folder beside it, which takes its name at
-the end and is kept when the work is interrupted, so that the same command goes on where it stopped.
+the end and is kept when the work is interrupted, so that the same command goes on where it stopped.  In an object store
+nothing can be renamed: the objects are copied and the manifest `_MANIFEST.json` is the last; without it the output is
+not finished.
 """
 
 import glob
@@ -10,21 +12,23 @@ import json
 import logging
 import os
 import shutil
-from pathlib import Path
 
 from jobs import inputs
 from jobs.entry import Job, code_version, stage_settings
 from jobs.meter import Meter
 from jobs.progress import watching
 from pipeline.config import Config
-from pipeline.errors import ConfigError, InputError
+from pipeline.errors import ConfigError, InputError, shown
 from pipeline.flow import FIT
+from pipeline.lease import FOLDER
 from pipeline.stages import ingest as ingesting
 from pipeline.stages import tag as tagging
-from pipeline.store import Run, digest, explained, fingerprint, sync_folder, write_json
+from pipeline.storage import ObjectPath, digest, explained, link, place, remove, sync_folder
+from pipeline.store import Run, fingerprint, write_json
 
 log = logging.getLogger("tagmill")
 
+PUBLISHING = "publishing.json"  # in the work: the output is being copied
 CARD = "_MANIFEST.json"  # an underscore hides it from readers of the Parquet folder, as Spark's and Arrow's do
 
 
@@ -35,7 +39,9 @@ def tag(
 
     Raises ConfigError where `output` holds something else, InputError where the run is not finished.
     """
-    out = Path(os.path.abspath(output.removeprefix("file://")))
+    out = place(output)
+    if not out.name:
+        raise ConfigError(f"--output {shown(output)}: is a bucket; expected a name in it, which becomes the folder")
     # gold labels and splits of what is tagged are nobody's business here: they refuse no document
     cfg = cfg.model_copy(update={"input": cfg.input.model_copy(update={"labels": None, "split": None})})
     plan = None if inputs.is_table(input_path) else inputs.planned(input_path, cfg, need_labels=False)
@@ -58,22 +64,23 @@ def tag(
         current = _card(out)
         if current and current["fingerprint"] == mark and _whole(out, current):
             log.info("tag: up to date (%s)", current["summary"])
-            shutil.rmtree(work.root)
+            _clear(work)
             return current
         damaged = current is not None and current["fingerprint"] == mark
-        if out.exists() and (out.is_file() or any(out.iterdir())) and not overwrite and not damaged:
+        begun = _published_in_part(work, mark)
+        if out.exists() and (out.is_file() or any(out.iterdir())) and not (overwrite or damaged or begun):
             what = "tags of another input, model or setting" if current else "something else"
             work_is_new = not (work.root / "ingest").exists()
             if work_is_new:
-                shutil.rmtree(work.root)
+                _clear(work)
             raise ConfigError(f"{out}: holds {what}; choose another --output, or --overwrite to replace it")
         try:
-            card = _tag(job, plan, source, settings, recipe, out)
+            card = begun or _tag(job, plan, source, settings, recipe)
         finally:
             job.stop()
         with explained(out, "publish"):
-            _publish(work.root / "result", out)
-        shutil.rmtree(work.root)
+            _publish(work, out, card)
+        _clear(work)
     log.info("tag: %s", card["summary"])
     return card
 
@@ -120,7 +127,7 @@ def _refuse_mixture(run):
                 )
 
 
-def _tag(job, plan, source, settings, recipe, out):
+def _tag(job, plan, source, settings, recipe):
     work, cfg = job.run, job.cfg
     mark = fingerprint(recipe)
     with Meter() as meter:
@@ -134,14 +141,16 @@ def _tag(job, plan, source, settings, recipe, out):
             manifest = work.commit("ingest", attempt, ingest_recipe, outcome.tables, outcome.facts)
         log.info("ingest: %s", ingesting.summary(manifest, manifest["rows"]))
         result = work.root / "result"
-        shutil.rmtree(result, ignore_errors=True)
+        remove(result)
         result.mkdir(mode=0o750)
         with watching(job.spark.sparkContext, "tag"):
-            outcome = tagging.tag(job.spark, work.files("documents"), result, source, settings, mark)
+            outcome = tagging.tag(
+                job.spark, work.files("documents"), result, source, settings, mark, cfg.spark.cache_dir
+            )
         rejects = result / "_rejects"
         rejects.mkdir()
         for path in work.files("rejects"):
-            shutil.copyfile(path, rejects / path.name)
+            link(path, rejects / path.name)
     rows = {"tags": sum(item["rows"] for item in outcome.tables["tags"])}
     card = {
         "fingerprint": mark,
@@ -162,8 +171,42 @@ def _tag(job, plan, source, settings, recipe, out):
     return card
 
 
-def _publish(result, out):
+def _clear(work):
+    """Remove the work; of an object store all but the lease, whose number must not be given again."""
+    remove(work.root, keep=(FOLDER,) if isinstance(work.root, ObjectPath) else ())
+
+
+def _published_in_part(work, mark):
+    """The card of a result that was being copied when its process was killed; None where there is none."""
+    if not isinstance(work.root, ObjectPath) or not (work.root / PUBLISHING).is_file():
+        return None
+    card = _card(work.root / "result")
+    return card if card and card["fingerprint"] == mark else None
+
+
+def _copy_to(work, out, card):
+    """Copy the finished objects to `out`: the old card goes first, the new one comes last."""
+    result = work.root / "result"
+    names = [item["file"] for item in card["tables"]["tags"]]
+    names += [f"_rejects/{path.name}" for path in (result / "_rejects").iterdir()]
+    work.fenced()
+    write_json(work.root / PUBLISHING, {"fingerprint": card["fingerprint"]})
+    (out / CARD).unlink(missing_ok=True)
+    for path in [*out.iterdir(), *(out / "_rejects").iterdir()]:
+        if path.name != "_rejects" and str(path.relative_to(out)) not in names:
+            remove(path)
+    for name in names:
+        link(result / name, out / name)
+    work.fenced()
+    link(result / CARD, out / CARD)
+
+
+def _publish(work, out, card):
     """Give the finished folder its name in one rename; an older one steps aside first."""
+    if isinstance(out, ObjectPath):
+        _copy_to(work, out, card)
+        return
+    result = work.root / "result"
     if out.exists():
         aside = out.with_name(f".{out.name}.{hashlib.sha256(os.urandom(8)).hexdigest()[:8]}.old")
         os.rename(out, aside)
@@ -179,7 +222,7 @@ def _publish(result, out):
 
 def _recover(out):
     """Put back an older output that a killed replacement had set aside."""
-    if not out.exists():
+    if not isinstance(out, ObjectPath) and not out.exists():
         for aside in sorted(out.parent.glob(f".{glob.escape(out.name)}.*.old")):
             os.rename(aside, out)
             return

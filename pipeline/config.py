@@ -274,7 +274,9 @@ class SparkConfig(Section):
         "2g", pattern=r"^[1-9]\d{0,5}[mg]$", description="heap of the driver's JVM, such as 900m or 2g"
     )
     wait: PositiveInt = Field(300, le=86_400, description="seconds for the first executor of a cluster to start")
-    cache_dir: str = Field("", description="host folder of the shared feature matrix; empty: the temporary folder")
+    cache_dir: str = Field(
+        "", description="host folder of the feature matrix and of copies of objects; empty: the temporary folder"
+    )
     options: dict[str, str] = Field(default_factory=dict, description="further Spark settings, spark.* keys")
 
     @field_validator("master")

@@ -7,22 +7,21 @@ gives it its name.  Feature ids go by falling document frequency, so that the we
 """
 
 import functools
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.kernels.text import smooth_idf
 from pipeline.learners.vectorizer import Vocabulary, batches, count_documents, one_array, vectorize
 from pipeline.stages.parts import Outcome, map_tasks, run_tasks
+from pipeline.storage import Place, place, read_table
 from pipeline.store import Run, write_part
 from pipeline.tables import TABLES
 
 
-def featurize(spark, run: Run, attempt: Path, cfg) -> Outcome:
+def featurize(spark, run: Run, attempt: Place, cfg) -> Outcome:
     """Fit the vocabulary and write one TF-IDF row a document.  Raises DataError where no term is left."""
     pairs = list(zip(run.files("documents"), run.files("folds"), strict=True))
     training = run.finished("split")["documents"]["train"]
@@ -96,8 +95,8 @@ def choose_terms(counted: pa.Table, n: int, cfg) -> pa.Table:
 def _term_counter(ngrams):
     def count(pair):
         documents, folds = pair
-        table = pq.read_table(documents, columns=["text"])
-        kept = pc.greater_equal(pq.read_table(folds, columns=["fold"])["fold"], 0)
+        table = read_table(documents, columns=["text"])
+        kept = pc.greater_equal(read_table(folds, columns=["fold"])["fold"], 0)
         partial = []
         for batch in batches(table.filter(kept)):
             partial.append(count_documents(one_array(batch["text"]), ngrams))
@@ -119,7 +118,7 @@ def _merged(partial):
 
 @functools.lru_cache(maxsize=1)
 def _vocabulary(path):
-    return Vocabulary.from_table(pq.read_table(path, columns=["feature_id", "hash", "idf"]))
+    return Vocabulary.from_table(read_table(path, columns=["feature_id", "hash", "idf"]))
 
 
 def apply_part(task):
@@ -129,7 +128,7 @@ def apply_part(task):
     totals = [0, 0]
 
     def rows():
-        for batch in batches(pq.read_table(documents, columns=["row", "text"])):
+        for batch in batches(read_table(documents, columns=["row", "text"])):
             indptr, indices, values = vectorize(one_array(batch["text"]), known, cfg.ngrams, cfg.sublinear)
             totals[0] += indices.size
             totals[1] += int((np.diff(indptr) == 0).sum())
@@ -137,4 +136,4 @@ def apply_part(task):
             lists = [pa.ListArray.from_arrays(offsets, pa.array(x)) for x in (indices, values)]
             yield pa.table([batch["row"], *lists], schema=TABLES["features"].schema)
 
-    return write_part(Path(attempt), "features", rows(), number), *totals
+    return write_part(place(attempt), "features", rows(), number), *totals

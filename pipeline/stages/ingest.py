@@ -8,7 +8,6 @@ everything later is deterministic because of it.  A record ends as a document or
 
 import collections
 import json
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +17,8 @@ from pipeline import sources
 from pipeline.errors import DataError, InputError, shown
 from pipeline.session import cores
 from pipeline.stages.parts import Outcome, hashes, map_tasks, run_tasks
-from pipeline.store import replacing, write_part
+from pipeline.storage import Place, on_this_host, place, replacing
+from pipeline.store import write_part
 from pipeline.tables import TABLES
 
 PART_BYTES = 64 << 20  # of input for one part
@@ -33,7 +33,7 @@ def partitions(plan: sources.Plan, cfg) -> int:
     return cfg.spark.partitions or max(cores(cfg.spark.master), -(-size // PART_BYTES))
 
 
-def ingest(spark, plan: sources.Plan, attempt: Path, cfg, need_labels: bool = True) -> Outcome:
+def ingest(spark, plan: sources.Plan, attempt: Place, cfg, need_labels: bool = True) -> Outcome:
     """Read, check and order the documents.
 
     Raises DataError (too many rejects, no label at all, too many labels) and InputError (no record at all).
@@ -143,7 +143,7 @@ def _writer(attempt):
         from pyspark import TaskContext
 
         part = TaskContext.get().partitionId()
-        yield _write_sorted(batches, Path(attempt), part)
+        yield _write_sorted(batches, place(attempt), part)
 
     return write
 
@@ -151,7 +151,7 @@ def _writer(attempt):
 STAGED = pa.schema([TABLES["documents"].schema.field(name) for name in ("doc_id", *CONTENT)])
 
 
-def _write_sorted(batches, attempt: Path, part: int) -> pa.RecordBatch:
+def _write_sorted(batches, attempt: Place, part: int) -> pa.RecordBatch:
     """Documents (without row numbers yet) and rejects of one part, whose records come sorted by doc_id."""
     reasons: collections.Counter[str] = collections.Counter()
     labels: collections.Counter[str] = collections.Counter()
@@ -238,11 +238,11 @@ def _without_duplicates(table):
 
 def _number(task):
     attempt, part, offset, staged = task
-    folder = Path(attempt)
+    folder = place(attempt)
 
     def numbered():
         start = offset
-        with pa.memory_map(str(folder / staged)) as source:
+        with on_this_host(folder / staged) as path, pa.memory_map(str(path)) as source:
             reader = pa.ipc.open_file(source)
             for k in range(reader.num_record_batches):
                 batch = pa.Table.from_batches([reader.get_batch(k)])

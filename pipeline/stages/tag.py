@@ -6,18 +6,19 @@ The vectoriser, the weights and the thresholds are those of the fit; there is no
 """
 
 import functools
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute
-import pyarrow.parquet as pq
 
 from pipeline.learners.tagger import Tagger, Weights
 from pipeline.stages.parts import Outcome, decision_of, rules_of, run_tasks
+from pipeline.storage import Place, place, read_table
 from pipeline.store import Run, write_part
 
 
-def tag(spark, documents: list[Path], attempt: Path, source: dict, settings: dict, identity: str) -> Outcome:
+def tag(
+    spark, documents: list[Place], attempt: Place, source: dict, settings: dict, identity: str, cache_dir: str = ""
+) -> Outcome:
     """Tag every document.
 
     Args:
@@ -25,8 +26,9 @@ def tag(spark, documents: list[Path], attempt: Path, source: dict, settings: dic
         source: where the fitted tagger is: {"run": folder} or {"bundle": folder of `Tagger.save`}.
         settings: of `Tagger`; for a bundle only max_tags is taken, and only where it is set.
         identity: changes with the tagger; workers that live on between jobs keep the last one they loaded.
+        cache_dir: where a host keeps a copy of the weights of a run that is in an object store.
     """
-    shared = (source, tuple(sorted(settings.items())), identity)
+    shared = (source, tuple(sorted(settings.items())), identity, cache_dir)
     done = run_tasks(
         spark,
         "tag: score the documents",
@@ -50,35 +52,35 @@ def summary(facts: dict, rows: dict) -> str:
     )
 
 
-def tagger_of(run: Run, settings: dict) -> Tagger:
+def tagger_of(run: Run, settings: dict, cache_dir: str = "") -> Tagger:
     """The tagger of a fitted run; every file is checked against its manifest before it is parsed."""
     vocabulary, labels, thresholds = (run.read(name, verify=True) for name in ("vocabulary", "labels", "thresholds"))
-    folder = run.files("weights", verify=True)[0].parent
+    folder = run.mapped("weights", cache_dir, verify=True).folder()
     rules, document = rules_of(run, verify=True), decision_of(run, verify=True)
     return Tagger.from_tables(vocabulary, labels, thresholds, Weights.load(folder), settings, rules, document)
 
 
 @functools.lru_cache(maxsize=1)
-def _tagger(source, settings, identity):
+def _tagger(source, settings, identity, cache_dir):
     kind, folder = source
     if kind == "run":
-        return tagger_of(Run(folder), dict(settings))
+        return tagger_of(Run(folder), dict(settings), cache_dir)
     tagger = Tagger.load(folder)
     most = dict(settings)["max_tags"] or tagger.settings["max_tags"]
     return tagger._replace(settings={**tagger.settings, "max_tags": most})
 
 
 def _tag_part(shared, task):
-    (source, settings, identity), (path, attempt, number) = shared, task
-    tagger = _tagger(next(iter(source.items())), settings, identity)
+    (source, settings, identity, cache_dir), (path, attempt, number) = shared, task
+    tagger = _tagger(next(iter(source.items())), settings, identity, cache_dir)
     totals = [0, 0, 0]
 
     def rows():
-        for tags, empty in tagger.tag_batches(pq.read_table(path, columns=["doc_id", "text"])):
+        for tags, empty in tagger.tag_batches(read_table(path, columns=["doc_id", "text"])):
             lengths = pa.compute.list_value_length(tags["tags"])
             totals[0] += pa.compute.sum(lengths).as_py() or 0
             totals[1] += pa.compute.sum(pa.compute.equal(lengths, 0)).as_py() or 0
             totals[2] += empty
             yield tags
 
-    return write_part(Path(attempt), "tags", rows(), number), *totals
+    return write_part(place(attempt), "tags", rows(), number), *totals
