@@ -263,7 +263,10 @@ def crown(runs: str, run: str, date: str) -> None:
 
 
 def _local(path):
-    return Path(os.path.abspath(path.removeprefix("file://")))
+    path = path.removeprefix("file://")
+    if "://" in path:
+        raise AirflowFailException(f"{path}: the DAGs keep their runs in a folder; give a path that all hosts share")
+    return Path(os.path.abspath(path))
 
 
 def _read_json(path, missing):

@@ -111,13 +111,13 @@ class ObjectPath(ProxyUPath):
         """What is right below, sorted; nothing where nothing is there."""
         with _answers(self, "list"):
             try:
-                names = self.fs.ls(self.path, detail=False)
+                found: list[str] = self.fs.ls(self.path, detail=False)
             except FileNotFoundError:
-                names = []
-        below = {name.rstrip("/").rsplit("/", 1)[-1] for name in names if name.strip("/") != self.path.strip("/")}
+                found = []
+        below = {name.rstrip("/").rsplit("/", 1)[-1] for name in found if name.strip("/") != self.path.strip("/")}
         return iter([self / name for name in sorted(below)])
 
-    def glob(self, pattern: str, **_) -> Iterator["ObjectPath"]:  # type: ignore[override]
+    def glob(self, pattern: str, **options) -> Iterator["ObjectPath"]:  # type: ignore[override]
         """Paths that match a pattern of names between slashes; `**` is no pattern here."""
         first, _, rest = pattern.partition("/")
         for child in self.iterdir():
@@ -211,7 +211,7 @@ def checked(uri: str) -> str:
         )
     if "::" in uri:
         raise ConfigError(f"{shown(uri, 300)}: is a chain of file systems; expected one URI")
-    if scheme not in known_implementations and scheme not in fsspec.registry.registry:
+    if scheme not in fsspec.available_protocols():
         raise ConfigError(f"{shown(uri, 300)}: unknown kind of storage {shown(scheme)}; expected s3, gs, abfs, ...")
     package = known_implementations.get(scheme, {"class": "fsspec"})["class"].split(".")[0]
     if importlib.util.find_spec(package) is None:

@@ -316,8 +316,9 @@ class Run:
     def _inside(self, folder, name, place):
         """The file `name` of a folder of the run.  Raises DataError where it is outside of the run."""
         if isinstance(folder, ObjectPath):
-            path = folder / name
-            outside = PurePosixPath(name).is_absolute() or ".." in path.parts or "\0" in name or "://" in name
+            parts = PurePosixPath(name)
+            outside = parts.is_absolute() or ".." in parts.parts or "\0" in name or "://" in name
+            path = name if outside else folder / name
         else:
             path = Path(os.path.realpath(str(folder / name).replace("\0", "\\0")))
             outside = not path.is_relative_to(self.root.resolve())

@@ -58,7 +58,7 @@ class Proxy:
     def __init__(self, port: int):
         self.target = port
         self.lose = self.refuse = lambda method, path: False
-        self.conditions = True
+        self.conditions, self.down = True, False
         self.log: list[tuple[str, str, int]] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.server.daemon_threads = True
@@ -66,6 +66,7 @@ class Proxy:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def stop(self) -> None:
+        self.down = True  # for connections that are open
         self.server.shutdown()
         self.server.server_close()
 
@@ -76,6 +77,9 @@ def _handler(proxy):
 
         def handle_any(self):
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if proxy.down:
+                self.close_connection = True
+                return
             if proxy.refuse(self.command, self.path):
                 self.answer(403, [], b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
                 return
