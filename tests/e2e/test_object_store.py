@@ -6,8 +6,10 @@ import os
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import status, tag
-from pipeline import storage
+from jobs import compare as comparing
+from jobs import entry, status, tag
+from jobs import show as showing
+from pipeline import config, storage, versions
 from pipeline.flow import FIT
 from pipeline.store import Run
 from tests.object_store import CREDENTIALS
@@ -26,7 +28,7 @@ def content(run):
     return found
 
 
-def test_a_run_in_an_object_store_has_the_bytes_of_one_on_a_disk(spark, fit, toy, bucket, tmp_path):
+def test_a_run_in_an_object_store_has_the_bytes_of_one_on_a_disk(spark, fit, toy, bucket, tmp_path, capsys):
     spark.sparkContext.environment.update({name: os.environ[name] for name in (*CREDENTIALS, "AWS_ENDPOINT_URL")})
     sets = (f"spark.cache_dir={tmp_path / 'cache'}",)
     storage.place(f"{bucket}/in/documents.jsonl").write_bytes(toy.read_bytes())
@@ -41,6 +43,10 @@ def test_a_run_in_an_object_store_has_the_bytes_of_one_on_a_disk(spark, fit, toy
     before = {stage.name: remote.manifest(stage.name) for stage in FIT}
     fit(f"{bucket}/in/", *sets, run=f"{bucket}/runs/one")
     assert {stage.name: remote.manifest(stage.name) for stage in FIT} == before  # up to date
+    comparing.compare(local, remote, True, 100, 0.95, 0)
+    assert json.loads(capsys.readouterr().out)["run_b"] == str(remote.root)
+    showing.overview(remote, True)
+    assert json.loads(capsys.readouterr().out)["run"] == str(remote.root)
     for source, run, out in ((toy, local, str(tmp_path / "tags")), (f"{bucket}/in/*.jsonl", remote, f"{bucket}/tags")):
         tag.tag(str(run.root), None, str(source), out, cfg)
     card = json.loads(storage.place(f"{bucket}/tags/_MANIFEST.json").read_bytes())
@@ -49,3 +55,9 @@ def test_a_run_in_an_object_store_has_the_bytes_of_one_on_a_disk(spark, fit, toy
         assert storage.read_table(f"{bucket}/tags/{item['file']}").equals(mine)
     assert tag.tag(str(remote.root), None, f"{bucket}/in/*.jsonl", f"{bucket}/tags", cfg) == card  # up to date
     assert Run(f"{bucket}/runs/one").holder() is None
+    calibrated = config.load(None, ["calibrate.rule=rcut"], remote.info["config"])[0]
+    entry.fit(str(remote.root), None, calibrated, True, ("calibrate", "evaluate", "register"))
+    assert content(remote) != content(local)
+    first = config.load(None, [], {**remote.info["config"], **versions.settings(versions.version(remote, 1))})[0]
+    entry.fit(str(remote.root), None, first, True, ("calibrate", "evaluate", "register"), version=1)
+    assert content(remote) == content(local)

@@ -1,10 +1,11 @@
-"""Runs, inputs and what differs in an object store; `memory:` where one process will do, else a store on the loopback."""
+"""Runs and inputs in an object store: in memory where one process will do, else behind HTTP on the loopback."""
 
 import gzip
 import hashlib
 import importlib.util
 import json
 import pickle
+import socket
 import uuid
 from pathlib import Path
 
@@ -19,13 +20,9 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, DataError, InputError, PermissionError_, ServiceError
 from pipeline.learners.tagger import Weights
 from pipeline.sources import SourceFormat
-from pipeline.stages import scores
+from pipeline.stages import same_store, scores
 from pipeline.store import MANIFEST, Run, entry, write_json, write_part
 from tests.object_store import Proxy, reached_at
-
-LABELS = pa.table(
-    {"label_id": pa.array([0, 1], pa.int32()), "label": ["a", "b"], "support": pa.array([2, 1], pa.int64())}
-)
 
 
 @pytest.fixture(autouse=True)
@@ -184,30 +181,23 @@ def until_it_lives(monkeypatch, work, check, again):
 
 def test_a_crash_between_any_two_writes_leaves_old_or_new(memory, monkeypatch):
     monkeypatch.setattr(lease, "RENEW", 60.0)
-    monkeypatch.setattr(lease, "LEASE", 0.02)
+    monkeypatch.setattr(lease, "LEASE", 0.02)  # the dead hold it no longer
     run = Run(f"{memory}/run")
-    with run.writing():
-        run.create({"config": {}, "input": "x"})
-        publish(run, "old")
 
-    def work():
-        with Run(run.root).writing() as _:
-            mine = Run(run.root)
-            publish_with_lease(mine, "new")
-
-    def publish_with_lease(mine, names):
+    def put(names):
+        mine = Run(run.root)
         with mine.writing():
             publish(mine, names)
 
     def again():
-        publish_with_lease(Run(run.root), "newer")
+        put("newer")
         assert seen(run) == "newer"
-        publish_with_lease(Run(run.root), "old")
+        put("old")
 
-    def killed():
-        publish_with_lease(Run(run.root), "new")
-
-    writes = until_it_lives(monkeypatch, killed, lambda: seen(run) in ("old", "new") or pytest.fail(seen(run)), again)
+    put("old")
+    found = []
+    writes = until_it_lives(monkeypatch, lambda: put("new"), lambda: found.append(seen(run)), again)
+    assert set(found) == {"old", "new"} and found == sorted(found, reverse=True)
     assert writes >= 8  # probe, lease, part, manifest, what is removed, release
 
 
@@ -264,20 +254,28 @@ def test_tags_are_whole_or_without_their_manifest(memory, monkeypatch):
     assert {path.name for path in out.iterdir()} == {*(i["file"] for i in card["tables"]["tags"]), "_rejects", tag.CARD}
 
 
-def test_a_lost_answer_is_looked_up_and_nothing_is_published_twice(bucket, proxy):
+@pytest.mark.parametrize("earlier", [None, "old"])  # the manifest is created, or replaced
+def test_a_lost_answer_is_looked_up_and_nothing_is_published_twice(bucket, proxy, earlier):
     run = Run(f"{bucket}/run")
     manifest = f"/{bucket[5:]}/run/ingest/{MANIFEST}"
-    for names in ("new", "newer"):  # one is created, one replaced
-        lost = []
-        proxy.lose = lambda method, path: (
-            method == "PUT" and path.startswith(manifest) and not lost and not lost.append(1)
-        )
-        proxy.log.clear()
+    if earlier:
         with run.writing():
-            publish(run, names)
-        answers = [answer for method, path, answer in proxy.log if method == "PUT" and path.startswith(manifest)]
-        assert lost and answers[0] == 200 and set(answers[1:]) <= {412}
-        assert seen(run) == names
+            publish(run, earlier)
+    lost = []
+
+    def lose(method, path):
+        if method != "PUT" or not path.startswith(manifest) or lost:
+            return False
+        lost.append(path)
+        return True
+
+    proxy.lose = lose
+    proxy.log.clear()
+    with run.writing():
+        publish(run, "new")
+    answers = [answer for method, path, answer in proxy.log if method == "PUT" and path.startswith(manifest)]
+    assert lost and answers[0] == 200 and set(answers[1:]) <= {412}
+    assert seen(run) == "new"
 
 
 def test_an_answer_that_stays_away_is_told_as_not_known(memory, monkeypatch):
@@ -515,3 +513,21 @@ def test_the_state_of_a_run_in_a_store(memory):
         found = status.found(run)
         assert (found["state"], found["code"]) == ("running", 75) and str(run.lease.holder) == found["holder"]
     assert status.found(run)["state"] == "unfinished"
+
+
+class Spark:
+    """As much of a session as the look at the storage needs."""
+
+    class sparkContext:
+        defaultParallelism = 1
+
+
+def test_driver_and_executors_find_each_other_in_a_store(root, monkeypatch):
+    monkeypatch.setattr(same_store, "run_tasks", lambda spark, what, function, tasks: [function(t) for t in tasks])
+    path = storage.place(root)
+    (path / ".probe-0000" / "driver").write_bytes(b"of a driver that was killed")
+    assert same_store.check_same_store(Spark, path, 60) == [socket.gethostname()]
+    assert not list(path.iterdir())
+    monkeypatch.setattr(same_store, "place", lambda text: storage.place(text.replace("/runs/", "/other/")))
+    with pytest.raises(ConfigError, match="cannot read what the driver wrote"):
+        same_store.check_same_store(Spark, path, 60)
