@@ -25,12 +25,14 @@ import time
 import uuid
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 
 from jobs import cluster
 from tests.chaos import checker
 from tests.chaos.mutations import MUTATIONS
+from tests.site import patched
 
 SETS = ("mlflow.enabled=false", "train.labels_per_block=2", "train.gap=1e-4", "evaluate.bootstrap=100")
 VICTIMS = ("driver", "jvm", "worker", "group", "term")
@@ -78,7 +80,7 @@ class Local:
     """Where the command runs: driver, executor and workers on this host, all below the command."""
 
     victims = VICTIMS
-    environment: dict[str, str] = {}
+    environment: ClassVar[dict[str, str]] = {}
     sets: tuple[str, ...] = ()
     master = "local[2]"
 
@@ -144,9 +146,7 @@ class Fit:
         self.run, self.place = run, place
         environment = {**os.environ, **place.environment, "TAGMILL_HOME": str(folder / "home"), "CHAOS_ID": self.token}
         if mutation:
-            environment["CHAOS_MUTATION"] = mutation
-            places = [Path(__file__).parent / "site", Path(__file__).parents[2]]  # sitecustomize patches every process
-            environment["PYTHONPATH"] = os.pathsep.join([*map(str, places), os.environ.get("PYTHONPATH", "")])
+            environment |= patched(**{"pipeline.store": f"tests.chaos.mutations:{mutation}"})
         command = [str(Path(sys.executable).parent / "tagmill"), "fit", "--input", str(folder / "documents.jsonl")]
         sets = (x for s in (*SETS, *place.sets) for x in ("--set", s))
         self.log = (folder / f"{self.token}.log").open("w+")
@@ -243,7 +243,7 @@ def undisturbed(folder: Path, place: Local | Cluster, truth: dict) -> tuple[floa
 
 
 def loop(folder: Path, kills: int, seed: int, place: Local | Cluster, mutation: str | None = None, tell=print) -> dict:
-    """Kill until `kills` processes were hit or something is wrong; what was killed, how often, and all that was wrong."""
+    """Kill until `kills` processes were hit or something is wrong; what was hit, and all that was wrong."""
     draw = random.Random(seed)
     truth = corpus(folder)
     span, expected, wrong = undisturbed(folder, place, truth)
@@ -260,7 +260,7 @@ def loop(folder: Path, kills: int, seed: int, place: Local | Cluster, mutation: 
             struck = 0
             if kind:
                 wait_for_moment(fit, draw, span if starts == 1 else span / 2)  # a resumed run is shorter
-                if fit.process.poll() is None:
+                while fit.process.poll() is None and not struck:  # there may be no such process just now
                     struck = fit.strike(kind, draw)
             hits.update([kind] if struck and kind else [])
             code: int | None = None
