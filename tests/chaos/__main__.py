@@ -41,7 +41,13 @@ SPARK_VICTIMS = {  # of a cluster: what their command lines hold
     "host": "deploy.worker.Worker",
     "master": "deploy.master.Master",
 }
-ENDS = {"driver": {-signal.SIGKILL}, "group": {-signal.SIGKILL}, "jvm": {69}, "term": {143}, "master": {0, 69}}
+ENDS = {
+    "driver": {-signal.SIGKILL},
+    "group": {-signal.SIGKILL},
+    "jvm": {69},
+    "term": {143, -signal.SIGTERM},
+    "master": {0, 69},
+}
 PATIENCE = 30  # seconds in which whoever survives a kill must be gone
 RESTART = 0.2  # seconds after which a dead master or worker is back
 
