@@ -25,8 +25,8 @@ from pipeline.stages import scores
 from pipeline.stages.parts import Outcome, decision_of, rules_of, run_tasks
 from pipeline.stages.problems import data_problems
 from pipeline.stages.split import TEST
-from pipeline.storage import Mapped, Place, read_table
-from pipeline.store import Run, entry, replacing, write_bytes, write_part
+from pipeline.storage import Mapped, Place, read_table, replacing
+from pipeline.store import Run, entry, write_bytes, write_part
 
 
 def evaluate(spark, run: Run, attempt: Place, cfg) -> Outcome:
