@@ -12,6 +12,8 @@ import json
 import logging
 import os
 import shutil
+import tempfile
+from pathlib import Path
 
 from jobs import inputs
 from jobs.entry import Job, code_version, stage_settings
@@ -23,7 +25,7 @@ from pipeline.flow import FIT
 from pipeline.lease import FOLDER
 from pipeline.stages import ingest as ingesting
 from pipeline.stages import tag as tagging
-from pipeline.storage import ObjectPath, digest, explained, link, place, remove, sync_folder
+from pipeline.storage import ObjectPath, digest, explained, link, place, remove, shipped, sync_folder
 from pipeline.store import Run, fingerprint, write_json
 
 log = logging.getLogger("tagmill")
@@ -101,8 +103,13 @@ def _fitted(run_dir, model, cfg, work):
         )
     from pipeline import tracking
 
-    folder, facts = tracking.fetch_model(model, cfg.mlflow, work.root / "model")
-    return {"bundle": str(folder)}, {"max_tags": cfg.tag.max_tags}, facts
+    settings = {"max_tags": cfg.tag.max_tags}
+    if not isinstance(work.root, ObjectPath):
+        folder, facts = tracking.fetch_model(model, cfg.mlflow, work.root / "model")
+        return {"bundle": str(folder)}, settings, facts
+    with tempfile.TemporaryDirectory(prefix="tagmill-") as local:
+        folder, facts = tracking.fetch_model(model, cfg.mlflow, Path(local) / "model")
+        return {"bundle": shipped(folder, work.root / "model", cfg.spark.cache_dir)}, settings, facts
 
 
 def tagger_settings(fitted: Config, cfg: Config) -> dict:
@@ -194,7 +201,7 @@ def _copy_to(work, out, card):
     (out / CARD).unlink(missing_ok=True)
     for path in [*out.iterdir(), *(out / "_rejects").iterdir()]:
         if path.name != "_rejects" and str(path.relative_to(out)) not in names:
-            remove(path)
+            remove(path, strict=True)  # a reader would take it for tags
     for name in names:
         link(result / name, out / name)
     work.fenced()

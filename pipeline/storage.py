@@ -415,17 +415,22 @@ def link(path: Any, target: Any) -> None:
         sync_file(target)
 
 
-def remove(folder: Any, keep: Sequence[str] = ()) -> None:
-    """Remove a folder with all that is in it, but for children named in `keep`; what is not there is no error."""
-    if isinstance(folder, ObjectPath):
-        for child in folder.iterdir() if keep else ():
-            if child.name not in keep:
-                remove(child)
-        if not keep:
-            with _answers(folder, "remove"), contextlib.suppress(FileNotFoundError):
-                folder.fs.rm(folder.path, recursive=True)
+def remove(folder: Any, keep: Sequence[str] = (), strict: bool = False) -> None:
+    """Remove a folder with all that is in it, but for children named in `keep`.
+
+    What is not there is no error; neither is what cannot be removed, unless `strict`: nobody reads it.
+    """
+    if not isinstance(folder, ObjectPath):
+        shutil.rmtree(folder, ignore_errors=not strict)
         return
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        for path in [child for child in folder.iterdir() if child.name not in keep] if keep else [folder]:
+            with _answers(path, "remove"), contextlib.suppress(FileNotFoundError):
+                path.fs.rm(path.path, recursive=True)
+    except TagmillError as error:
+        if strict:
+            raise
+        log.warning("%s", error)
 
 
 def digest(path: Any) -> str:
@@ -511,6 +516,15 @@ class Mapped(NamedTuple):
             path.get(copy)
             if digest(copy) != expected:
                 raise DataError(f"{path}: missing or changed since it was written; run the same `tagmill fit` again")
+
+
+def shipped(folder: Path, to: ObjectPath, cache_dir: str) -> Mapped:
+    """Put the files of a folder of this host into a store, for tasks of other hosts."""
+    paths = sorted(folder.iterdir())
+    for path in paths:
+        (to / path.name).put(path)
+    names = tuple(str(to / path.name) for path in paths)
+    return Mapped(str(to), names, tuple(map(digest, paths)), cache_dir)
 
 
 # -- publishing --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pyarrow.compute
 
 from pipeline.learners.tagger import Tagger, Weights
 from pipeline.stages.parts import Outcome, decision_of, rules_of, run_tasks
-from pipeline.storage import Place, place, read_table
+from pipeline.storage import Mapped, Place, place, read_table
 from pipeline.store import Run, write_part
 
 
@@ -23,7 +23,7 @@ def tag(
 
     Args:
         documents: parts of the table `documents`.
-        source: where the fitted tagger is: {"run": folder} or {"bundle": folder of `Tagger.save`}.
+        source: where the fitted tagger is: {"run": folder} or {"bundle": folder of `Tagger.save`, or `Mapped`}.
         settings: of `Tagger`; for a bundle only max_tags is taken, and only where it is set.
         identity: changes with the tagger; workers that live on between jobs keep the last one they loaded.
         cache_dir: where a host keeps a copy of the weights of a run that is in an object store.
@@ -65,7 +65,7 @@ def _tagger(source, settings, identity, cache_dir):
     kind, folder = source
     if kind == "run":
         return tagger_of(Run(folder), dict(settings), cache_dir)
-    tagger = Tagger.load(folder)
+    tagger = Tagger.load(folder.folder() if isinstance(folder, Mapped) else folder)
     most = dict(settings)["max_tags"] or tagger.settings["max_tags"]
     return tagger._replace(settings={**tagger.settings, "max_tags": most})
 

@@ -27,7 +27,7 @@ from tests.object_store import Proxy, reached_at
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    for name, seconds in (("RENEW", 0.1), ("LEASE", 0.6), ("LOOK", 0.02)):
+    for name, seconds in (("RENEW", 0.3), ("LEASE", 2.0), ("LOOK", 0.02)):
         monkeypatch.setattr(lease, name, seconds)
 
 
@@ -469,6 +469,32 @@ def test_mapped_files_are_copied_once_and_checked(root, tmp_path):
         else:
             assert (other.folder() / "weights-bias.npy").read_bytes() == b"new"
     assert not there.exists()  # one copy an owner
+
+
+def test_a_model_is_shipped_to_the_hosts(memory, tmp_path):
+    (tmp_path / "model").mkdir()
+    for name in ("tagger.json", "weights-bias.npy"):
+        (tmp_path / "model" / name).write_text(name)
+    mapped = storage.shipped(tmp_path / "model", storage.place(f"{memory}/model"), str(tmp_path / "cache"))
+    there = pickle.loads(pickle.dumps(mapped)).folder()
+    assert {path.name: path.read_text() for path in there.iterdir()} == {
+        n: n for n in ("tagger.json", "weights-bias.npy")
+    }
+
+
+def test_what_cannot_be_removed_is_told_or_an_error(memory, monkeypatch, caplog):
+    path = storage.place(f"{memory}/a/b")
+    path.write_bytes(b"")
+
+    def refuse(self, *_, **__):
+        raise PermissionError("no")
+
+    monkeypatch.setattr(MemoryFileSystem, "rm", refuse)
+    storage.remove(path.parent)
+    assert "cannot remove" in caplog.text
+    with pytest.raises(PermissionError_):
+        storage.remove(path.parent, strict=True)
+    storage.remove(storage.place(f"{memory}/none"), strict=True, keep=("x",))
 
 
 def test_scores_stay_in_the_cache_of_the_host(memory, tmp_path, monkeypatch):
