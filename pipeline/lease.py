@@ -134,7 +134,7 @@ def held(root: ObjectPath) -> Iterator[Lease]:
         yield lease
     finally:
         lease.done.set()
-        thread.join()
+        thread.join(10)  # a beat that hangs is overwritten, or ends as one that was not renewed
         with contextlib.suppress(TagmillError):  # it is over then when it is not renewed
             lease.path.write_bytes(lease.content(released=True))
 

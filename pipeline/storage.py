@@ -472,8 +472,11 @@ def objects(uri: str) -> list[tuple[str, list[str]]]:
     """
     path = place(uri)
     fs = path.fs
+    info = path._info()
+    if info and info["type"] == "file":  # named by the user, whatever its name begins with or holds
+        return [(str(path), [])]
     with _answers(path, "list"):
-        if re.search(r"[*?[]", path.path) and not path.exists():
+        if re.search(r"[*?[]", path.path) and not info:
             roots = fs.glob(path.path)
             base = re.split(r"[*?[]", path.path)[0].rpartition("/")[0]
         else:
@@ -588,7 +591,7 @@ def publish(path: ObjectPath, content: bytes, seen: str | None, can: Conditions)
         if found == content:
             log.info("%s: published; the answer of the store was lost or was an error: %s", path, _said(error))
             return True
-        if found is not None and _version(path) != seen:
+        if version_of(path) != seen:
             return False
         raise refusal(error, path, "publish") from error
 

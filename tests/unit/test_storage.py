@@ -278,6 +278,18 @@ def test_a_lost_answer_is_looked_up_and_nothing_is_published_twice(bucket, proxy
     assert seen(run) == "new"
 
 
+def test_a_lease_whose_answer_was_lost_is_ones_own(bucket, proxy):
+    run, lost = Run(f"{bucket}/run"), []
+    proxy.lose = lambda method, path: (
+        method == "PUT" and "/.lease/000001" in path and not lost and not lost.append(path)
+    )
+    with run.writing():
+        assert lost and run.lease.number == 1
+        run.fenced()
+    refused = [answer for method, path, answer in proxy.log if "/.lease/000001" in path and answer == 412]
+    assert refused  # the driver tried again, and met its own object
+
+
 def test_an_answer_that_stays_away_is_told_as_not_known(memory, monkeypatch):
     run = Run(f"{memory}/run")
     down = []
@@ -329,6 +341,8 @@ def test_what_stands_there_is_not_overwritten(bucket):
     assert storage.publish(path, b"three", first, can)
     assert not storage.publish(path, b"four", first, can)
     assert path.read_bytes() == b"three"
+    path.unlink()
+    assert not storage.publish(path, b"five", first, can)
 
 
 def test_a_service_that_is_down_is_not_taken_for_a_missing_file(bucket, proxy):
