@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from jobs import entry as entry_
 from jobs import inputs, status, tag
 from pipeline import lease, sources, storage, versions
 from pipeline.config import Config
@@ -393,6 +394,29 @@ def test_a_driver_that_is_not_installed_is_named(monkeypatch):
         Run("nosuch://bucket/run")
     with pytest.raises(ConfigError, match="chain"):
         Run("zip://x::s3://bucket/run")
+
+
+def test_a_refusal_is_one_line_and_an_exit_code(bucket, monkeypatch, capsys):
+    there = storage.place(f"{bucket}/in.jsonl")
+    there.write_bytes(b'{"doc_id": "1", "text": "x", "labels": ["a"]}\n')
+
+    def code(source, run):
+        return entry_.guarded(lambda: entry_.fit(run, source, Config()))
+
+    assert code(f"{bucket}/none", f"{bucket}/run") == 66
+    assert code(str(there), "s3://no-such-bucket/run") == 66
+    assert code("s3://key:hush@bucket/in", f"{bucket}/run") == 78
+    assert code(str(there), "s3://key:hush@bucket/run") == 78
+    with monkeypatch.context() as patch:
+        patch.delenv("AWS_ACCESS_KEY_ID")
+        patch.delenv("AWS_SECRET_ACCESS_KEY")
+        there.fs.clear_instance_cache()
+        assert code(str(there), f"{bucket}/run") == 77
+    there.fs.clear_instance_cache()
+    with Run(f"{bucket}/run").writing():
+        assert code(str(there), f"{bucket}/run") == 75
+    said = capsys.readouterr().err.splitlines()
+    assert [line.startswith("tagmill: ") for line in said] == [True] * 6 and "hush" not in "".join(said)
 
 
 def test_paths_of_a_disk_stay_paths(tmp_path):
