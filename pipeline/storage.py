@@ -44,7 +44,7 @@ from pipeline.errors import (
     TagmillError,
     shown,
 )
-from pipeline.host import host_folder, shared
+from pipeline.host import clean, host_folder, shared
 
 log = logging.getLogger(__name__)
 
@@ -508,8 +508,8 @@ class Mapped(NamedTuple):
         folder = host_folder(self.cache_dir, mine + hashlib.sha256("".join(self.sha256).encode()).hexdigest()[:16])
         if shared(folder, self._copy):
             for other in folder.parent.glob(f"{mine}*"):
-                if other.is_dir() and other != folder:
-                    shutil.rmtree(other, ignore_errors=True)
+                if other.is_dir() and other != folder and "." not in other.name:  # with a dot: being made
+                    clean(other)
         return folder
 
     def _copy(self, folder: Path) -> None:
