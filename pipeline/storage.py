@@ -504,13 +504,21 @@ class Mapped(NamedTuple):
         """The folder that holds them on this host.  Raises DataError where an object is not what it was."""
         if not is_uri(self.files[0]):
             return Path(self.files[0]).parent
-        mine = f"copy-{hashlib.sha256(self.owner.encode()).hexdigest()[:16]}-"
-        folder = host_folder(self.cache_dir, mine + hashlib.sha256("".join(self.sha256).encode()).hexdigest()[:16])
+        folder = self._place()
         if shared(folder, self._copy):
-            for other in folder.parent.glob(f"{mine}*"):
+            for other in folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*"):
                 if other.is_dir() and other != folder and "." not in other.name:  # with a dot: being made
                     clean(other)
         return folder
+
+    def forget(self) -> None:
+        """Remove the copy from this host."""
+        if is_uri(self.files[0]):
+            clean(self._place())
+
+    def _place(self) -> Path:
+        owner, content = (hashlib.sha256(text.encode()).hexdigest()[:16] for text in (self.owner, "".join(self.sha256)))
+        return host_folder(self.cache_dir, f"copy-{owner}-{content}")
 
     def _copy(self, folder: Path) -> None:
         for uri, expected in zip(self.files, self.sha256, strict=True):

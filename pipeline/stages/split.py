@@ -166,11 +166,12 @@ def near_duplicates(spark, run: Run, files: list[Place], attempt: Place, drawn: 
         )
         texts = duplicates.comparable([found for found, _ in sets], similarity)
         whole = folder / "all.u8"
-        with replacing(whole) as path, path.open("wb") as file:
-            for _, name in sets:
-                with place(name).open("rb") as held:
-                    shutil.copyfileobj(held, file)
-        mark = digest(whole) if isinstance(whole, ObjectPath) else ""
+        with replacing(whole) as path:
+            with path.open("wb") as file:
+                for _, name in sets:
+                    with place(name).open("rb") as held:
+                        shutil.copyfileobj(held, file)
+            mark = digest(path) if isinstance(whole, ObjectPath) else ""
         texts_held = Mapped(f"{run.root} shingles", (str(whole),), (mark,), cfg.spark.cache_dir)
         known = spark.sparkContext.broadcast(texts.known)
         spark.sparkContext.setJobDescription("split: compare training documents")
@@ -182,6 +183,7 @@ def near_duplicates(spark, run: Run, files: list[Place], attempt: Place, drawn: 
             .select("place", "best.similarity", (-F.col("best.minus_row")).alias("row"), "best.doc_id")
             .toArrow()
         )
+        texts_held.forget()
     finally:
         remove(folder)
     return duplicates.near_duplicates(found, texts)

@@ -506,6 +506,9 @@ def test_mapped_files_are_copied_once_and_checked(root, tmp_path):
         else:
             assert (other.folder() / "weights-bias.npy").read_bytes() == b"new"
     assert not there.exists()  # one copy an owner
+    kept = other.folder()
+    other.forget()
+    assert not kept.exists()
 
 
 def test_a_model_is_shipped_to_the_hosts(memory, tmp_path):
