@@ -86,7 +86,9 @@ class ObjectPath(ProxyUPath):
         with _answers(self, "look at"):
             try:
                 return self.fs.info(self.path)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if _kinds(error.__cause__) & UNREACHABLE:  # what HTTP's driver makes of it
+                    raise error.__cause__ or error from error
                 return None
 
     def exists(self, **_) -> bool:
@@ -255,7 +257,7 @@ def _answers(path: ObjectPath, what: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(errno.ENOENT, _said(error) or "no such object", str(path)) from error
-    except (TagmillError, NotImplementedError, ValueError):
+    except (TagmillError, ValueError):
         raise
     except Exception as error:
         raise refusal(error, path, what) from error
@@ -280,7 +282,7 @@ def _of_a_driver(error):
 
 def refusal(error: BaseException, path: ObjectPath, what: str) -> TagmillError:
     """Our error for what a store said, or for its silence."""
-    names = {kind.__name__ for kind in type(error).__mro__}
+    names = _kinds(error)
     message = f"cannot {what} {shown(path, 300)}: {_said(error)}"
     if names & REFUSED:
         return PermissionError_(
@@ -288,9 +290,15 @@ def refusal(error: BaseException, path: ObjectPath, what: str) -> TagmillError:
         )
     if names & UNREACHABLE or getattr(error, "errno", None) in BUSY:
         return ServiceError(f"{message}; check that the service answers, and run the same command again")
+    if isinstance(error, NotImplementedError):
+        return ConfigError(f"cannot {what} {shown(path, 300)}: this kind of storage cannot do it; choose another")
     if isinstance(error, FileNotFoundError):
         return InputError(f"{message}; check the bucket and the name")
     return StorageError(message)
+
+
+def _kinds(error):
+    return {kind.__name__ for kind in type(error).__mro__}
 
 
 def _said(error):

@@ -1,12 +1,15 @@
 """Runs and inputs in an object store: in memory where one process will do, else behind HTTP on the loopback."""
 
+import functools
 import gzip
 import hashlib
 import importlib.util
 import json
 import pickle
 import socket
+import threading
 import uuid
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -357,6 +360,24 @@ def test_a_service_that_is_down_is_not_taken_for_a_missing_file(bucket, proxy):
     proxy.stop()
     with pytest.raises(ServiceError, match="check that the service answers"):
         run.manifest("ingest")
+
+
+def test_a_server_of_files(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"doc_id": "1", "text": "x", "labels": []}\n' * 3)
+    quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(quiet, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    uri = f"http://127.0.0.1:{server.server_address[1]}"
+    [split] = sources.plan(f"{uri}/a.jsonl", SourceFormat()).splits
+    assert sum(batch.num_rows for batch in sources.read_split(split, SourceFormat())) == 3
+    with pytest.raises(InputError, match="no such file"):
+        sources.plan(f"{uri}/b.jsonl", SourceFormat())
+    with pytest.raises(ConfigError, match="cannot do it; choose another"), Run(f"{uri}/run").writing():
+        pass
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(ServiceError, match="check that the service answers"):
+        sources.plan(f"{uri}/a.jsonl", SourceFormat())
 
 
 def test_without_credentials_permission_is_missing(bucket, monkeypatch):
