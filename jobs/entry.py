@@ -452,6 +452,8 @@ def run_stage(
         explained(attempt, "write to"),
     ):
         outcome = getattr(module, "refit" if growing else stage.name)(*arguments)
+        if plan and stage.name == "ingest":
+            sources.refuse_changed(plan)
     rows = {name: sum(item["rows"] for item in items) for name, items in outcome.tables.items()}
     summary = module.summary(outcome.facts, rows)
     if growing:  # nothing outlives the models that it was made from
@@ -587,9 +589,9 @@ def translated(error: BaseException) -> TagmillError | None:
     family = getattr(errors, match[1], None) if match else None
     if match and isinstance(family, type):
         return family(match[2].strip())
-    match = re.search(
-        r"(?:OSError|PermissionError|FileNotFoundError): \[Errno (\d+)\] ([^:\n]+)(?:: '([^'\n]+)')?", text
-    )
+    # Arrow's reason has colons of its own, and a rename names two paths
+    system = r"\w+Error: \[Errno (\d+)\] ([^\n]+?)(?:: '([^'\n]+)'(?: -> '[^'\n]+')?)?\s*$"
+    match = re.search(system, text, re.MULTILINE)
     if match:
         return translated(OSError(int(match[1]), match[2], match[3]))
     if "SparkContext was shut down" in text or "Answer from Java side is empty" in text:

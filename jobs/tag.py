@@ -21,6 +21,7 @@ from jobs.progress import watching
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError
 from pipeline.flow import FIT
+from pipeline.sources import refuse_changed
 from pipeline.stages import ingest as ingesting
 from pipeline.stages import tag as tagging
 from pipeline.store import Run, digest, explained, fingerprint, sync_file, sync_folder, write_json
@@ -133,6 +134,7 @@ def _tag(job, plan, source, settings, recipe, out):
             with watching(job.spark.sparkContext, "ingest"):
                 rows = inputs.exported(plan, cfg, job.spark, work, need_labels=False)
                 outcome = ingesting.ingest(job.spark, rows, attempt, cfg, need_labels=False)
+                refuse_changed(plan)
             manifest = work.commit("ingest", attempt, ingest_recipe, outcome.tables, outcome.facts)
         log.info("ingest: %s", ingesting.summary(manifest, manifest["rows"]))
         result = work.root / "result"

@@ -94,6 +94,8 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with _named(path):
+            # nobody else's business, and no link that waits under this name is followed
+            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640))
             yield part
             sync_file(part)
             os.replace(part, path)
@@ -271,7 +273,8 @@ class Run:
         """A folder for an attempt at a stage; a new one where no name is given."""
         folder = self.root / stage / (name or f"attempt-{uuid.uuid4().hex[:12]}")
         with explained(folder, "create"):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o750)
+            for made in (folder.parent, folder):
+                made.mkdir(parents=True, exist_ok=True, mode=0o750)
         return folder
 
     def commit(self, stage: str, attempt: Path, recipe: dict, tables: dict[str, list[dict]], facts: dict) -> dict:

@@ -1,6 +1,6 @@
-"""A crash before any system call of a publication, an error in any of them: old or new, and one line that says where."""
+"""A crash before any system call of a publication, an error in any: old or new, and one line that says where."""
 
-import json
+import functools
 import os
 import shutil
 import tempfile
@@ -10,10 +10,10 @@ import pytest
 
 from jobs import tag as tagging
 from pipeline import versions
-from pipeline.store import MANIFEST, Run, digest, explained, write_json, write_part
+from pipeline.store import MANIFEST, Run, digest, explained, write_json
 from tests.faults import failed_everywhere, killed_everywhere, traced
-from tests.unit.test_store import folds, temporary, whole
 from tests.unit.test_store import publish as published
+from tests.unit.test_store import temporary, whole
 from tests.unit.test_versions import content
 from tests.unit.test_versions import publish as judged
 
@@ -38,24 +38,27 @@ def tmp_path(tmp_path):
 
 
 @pytest.fixture
-def place(tmp_path):
-    """place(template) -> a fresh copy of a run folder, always at the same path."""
-    folder = tmp_path / "run"
-
-    def fresh(template):
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(template, folder)
-        return Run(folder)
-
-    return fresh
-
-
-@pytest.fixture
 def template(tmp_path):
     run = Run(tmp_path / "template")
     run.prepare()
     run.create({"config": {}, "input": "here"})
     return run
+
+
+@pytest.fixture
+def on_a_copy(tmp_path, template):
+    """on_a_copy(action) -> what makes a copy of the template, always at the same path, and gives action(copy)."""
+    folder = tmp_path / "run"
+
+    def prepared(action):
+        def prepare():
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(template.root, folder)
+            return functools.partial(action, Run(folder))
+
+        return prepare
+
+    return prepared
 
 
 def publish(run, value):
@@ -77,13 +80,10 @@ def left(run):
 # -- a crash -----------------------------------------------------------------------------------------------------------
 
 
-def test_killed_before_any_system_call_of_a_publication(tmp_path, template, place):
+def test_killed_before_any_system_call_of_a_publication(tmp_path, template, on_a_copy):
     publish(template, 1)
 
-    def prepare():
-        run = place(template.root)
-        return lambda: publish(run, 2)
-
+    prepare = on_a_copy(lambda run: publish(run, 2))
     seen, names = [], set()
     for call in killed_everywhere(tmp_path, prepare):
         run = Run(tmp_path / "run")
@@ -99,9 +99,9 @@ def test_killed_before_any_system_call_of_a_publication(tmp_path, template, plac
     assert {"openat", "write", "fsync"} < names
 
 
-def test_killed_before_any_system_call_of_a_first_publication(tmp_path, template, place):
+def test_killed_before_any_system_call_of_a_first_publication(tmp_path, template, on_a_copy):
     seen = []
-    for _ in killed_everywhere(tmp_path, lambda: lambda run=place(template.root): publish(run, 1)):
+    for _ in killed_everywhere(tmp_path, on_a_copy(lambda run: publish(run, 1))):
         run = Run(tmp_path / "run")
         seen.append(run.manifest("split") and whole(run))
         publish(run, 2)
@@ -110,11 +110,11 @@ def test_killed_before_any_system_call_of_a_first_publication(tmp_path, template
     assert set(seen) == {None, 1}
 
 
-def test_killed_before_any_system_call_of_keeping_a_version(tmp_path, template, place):
+def test_killed_before_any_system_call_of_keeping_a_version(tmp_path, template, on_a_copy):
     judged(template)
     first = content(template)
     seen = []
-    for _ in killed_everywhere(tmp_path, lambda: lambda run=place(template.root): versions.keep(run)):
+    for _ in killed_everywhere(tmp_path, on_a_copy(versions.keep)):
         run = Run(tmp_path / "run")
         assert content(run) == first
         seen.append([card["number"] for card in versions.kept(run)])
@@ -127,16 +127,13 @@ def test_killed_before_any_system_call_of_keeping_a_version(tmp_path, template, 
     assert {tuple(numbers) for numbers in seen} == {(), (1,)}
 
 
-def test_killed_before_any_system_call_of_putting_a_version_back(tmp_path, template, place):
+def test_killed_before_any_system_call_of_putting_a_version_back(tmp_path, template, on_a_copy):
     judged(template)
     first = content(template)
     versions.keep(template)
     second = content(judged(template, k=9))
 
-    def prepare():
-        run = place(template.root)
-        return lambda: versions.put_back(run, versions.version(run, 1))
-
+    prepare = on_a_copy(lambda run: versions.put_back(run, versions.version(run, 1)))
     seen = []
     for _ in killed_everywhere(tmp_path, prepare):
         run = Run(tmp_path / "run")
@@ -214,13 +211,10 @@ def refused(place, call, error, end):
     return True
 
 
-def test_an_error_in_any_system_call_of_a_publication(tmp_path, template, place):
+def test_an_error_in_any_system_call_of_a_publication(tmp_path, template, on_a_copy):
     publish(template, 1)
 
-    def prepare():
-        run = place(template.root)
-        return lambda: publish(run, 2)
-
+    prepare = on_a_copy(lambda run: publish(run, 2))
     ends = []
     for call, error, end in failed_everywhere(tmp_path, tmp_path / "run", prepare, ERRORS):
         run = Run(tmp_path / "run")
@@ -234,16 +228,13 @@ def test_an_error_in_any_system_call_of_a_publication(tmp_path, template, place)
     assert ends.count(True) > 60
 
 
-def test_an_error_in_any_system_call_of_a_version(tmp_path, template, place):
+def test_an_error_in_any_system_call_of_a_version(tmp_path, template, on_a_copy):
     judged(template)
     first = content(template)
     versions.keep(template)
     second = content(judged(template, k=9))
 
-    def prepare():
-        run = place(template.root)
-        return lambda: (versions.keep(run), versions.put_back(run, versions.version(run, 1)))
-
+    prepare = on_a_copy(lambda run: (versions.keep(run), versions.put_back(run, versions.version(run, 1))))
     ends = []
     for call, error, end in failed_everywhere(tmp_path, tmp_path / "run", prepare, ERRORS):
         run = Run(tmp_path / "run")
@@ -263,11 +254,11 @@ def later(calls, after, name, end):
 
 
 @pytest.mark.parametrize("what", ["publication", "version"])
-def test_content_is_on_disk_before_its_name_and_the_name_before_the_manifest(tmp_path, template, place, what):
+def test_content_is_on_disk_before_its_name_and_the_name_before_the_manifest(tmp_path, template, on_a_copy, what):
     judged(template)
-    run = place(template.root)
-    action = {"publication": lambda: publish(run, 1), "version": lambda: versions.keep(run)}[what]
-    end = traced(tmp_path, action)
+    run = Run(tmp_path / "run")
+    action = {"publication": lambda run: publish(run, 1), "version": versions.keep}[what]
+    end = traced(tmp_path, on_a_copy(action)())
     assert end.status == 0
     calls = end.calls
     files = {

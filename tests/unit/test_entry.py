@@ -244,6 +244,12 @@ Traceback (most recent call last):
             "cannot use /x/part: No space left on device; free some space and run the same command again",
         ),
         ("OSError: [Errno 28] No space left on device", StorageError, "cannot use a file: No space left on device; f"),
+        (
+            "OSError: [Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device: '/x/part'\n",
+            StorageError,
+            "cannot use /x/part: No space left on device; free some space",
+        ),
+        ("FileExistsError: [Errno 17] File exists: '/x' -> '/y'", StorageError, "cannot use /x: File exists"),
         ("OSError: [Errno 5] Input/output error: '/x'", StorageError, "cannot use /x: Input/output error"),
         ("PermissionError: [Errno 13] Permission denied: '/x y'", PermissionError_, "cannot use /x y: Permission"),
         ("FileNotFoundError: [Errno 2] No such file or directory: '/x'", InputError, "cannot use /x: No such file"),
