@@ -55,7 +55,9 @@ def corpus(folder: Path, documents: int = 600, labels: int = 40) -> dict:
 class Fit:
     """One start of the command; its processes carry a token of their own, so that no other process is ever a victim."""
 
-    def __init__(self, folder: Path, run: Path, master: str, mutation: str | None):
+    def __init__(
+        self, folder: Path, run: Path, master: str, mutation: str | None = None, env=(), words=(), prefix=(), umask=-1
+    ):
         self.token = uuid.uuid4().hex
         self.run = run
         environment = {**os.environ, "TAGMILL_HOME": str(folder / "home"), "CHAOS_ID": self.token}
@@ -63,12 +65,14 @@ class Fit:
             environment["CHAOS_MUTATION"] = mutation
             places = [Path(__file__).parent / "site", Path(__file__).parents[2]]  # sitecustomize patches every process
             environment["PYTHONPATH"] = os.pathsep.join([*map(str, places), os.environ.get("PYTHONPATH", "")])
-        command = [str(Path(sys.executable).parent / "tagmill"), "fit", "--input", str(folder / "documents.jsonl")]
-        command += ["--run", str(run), "--master", master, *(x for s in SETS for x in ("--set", s))]
+        environment |= dict(env)
+        command = [*prefix, str(Path(sys.executable).parent / "tagmill"), "fit"]
+        command += ["--input", str(folder / "documents.jsonl"), "--run", str(run), "--master", master]
+        command += [*(x for s in SETS for x in ("--set", s)), *words]
         self.log = (folder / f"{self.token}.log").open("w+")
         self.began = time.monotonic()
         self.process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=self.log, env=environment, start_new_session=True
+            command, stdout=subprocess.DEVNULL, stderr=self.log, env=environment, start_new_session=True, umask=umask
         )
 
     def family(self) -> list[psutil.Process]:

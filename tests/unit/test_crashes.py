@@ -3,8 +3,6 @@
 import functools
 import os
 import shutil
-import tempfile
-from pathlib import Path
 
 import pytest
 
@@ -28,27 +26,17 @@ CODES = {"EACCES": 77, "ENOSPC": 74, "EIO": 74, "EXDEV": 74, "EINTR": 74}
 
 
 @pytest.fixture
-def tmp_path(tmp_path):
-    """In memory where there is such a place: a thousand calls of fsync cost nothing there."""
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="tagmill-test-") as folder:
-        yield Path(folder)
-
-
-@pytest.fixture
-def template(tmp_path):
-    run = Run(tmp_path / "template")
+def template(quick_path):
+    run = Run(quick_path / "template")
     run.prepare()
     run.create({"config": {}, "input": "here"})
     return run
 
 
 @pytest.fixture
-def on_a_copy(tmp_path, template):
+def on_a_copy(quick_path, template):
     """on_a_copy(action) -> what makes a copy of the template, always at the same path, and gives action(copy)."""
-    folder = tmp_path / "run"
+    folder = quick_path / "run"
 
     def prepared(action):
         def prepare():
@@ -80,13 +68,13 @@ def left(run):
 # -- a crash -----------------------------------------------------------------------------------------------------------
 
 
-def test_killed_before_any_system_call_of_a_publication(tmp_path, template, on_a_copy):
+def test_killed_before_any_system_call_of_a_publication(quick_path, template, on_a_copy):
     publish(template, 1)
 
     prepare = on_a_copy(lambda run: publish(run, 2))
     seen, names = [], set()
-    for call in killed_everywhere(tmp_path, prepare):
-        run = Run(tmp_path / "run")
+    for call in killed_everywhere(quick_path, prepare):
+        run = Run(quick_path / "run")
         names.add(call.name)
         seen.append(whole(run))
         assert run.info["input"] == "here"
@@ -99,10 +87,10 @@ def test_killed_before_any_system_call_of_a_publication(tmp_path, template, on_a
     assert {"openat", "write", "fsync"} < names
 
 
-def test_killed_before_any_system_call_of_a_first_publication(tmp_path, template, on_a_copy):
+def test_killed_before_any_system_call_of_a_first_publication(quick_path, template, on_a_copy):
     seen = []
-    for _ in killed_everywhere(tmp_path, on_a_copy(lambda run: publish(run, 1))):
-        run = Run(tmp_path / "run")
+    for _ in killed_everywhere(quick_path, on_a_copy(lambda run: publish(run, 1))):
+        run = Run(quick_path / "run")
         seen.append(run.manifest("split") and whole(run))
         publish(run, 2)
         assert whole(run) == 2
@@ -110,12 +98,12 @@ def test_killed_before_any_system_call_of_a_first_publication(tmp_path, template
     assert set(seen) == {None, 1}
 
 
-def test_killed_before_any_system_call_of_keeping_a_version(tmp_path, template, on_a_copy):
+def test_killed_before_any_system_call_of_keeping_a_version(quick_path, template, on_a_copy):
     judged(template)
     first = content(template)
     seen = []
-    for _ in killed_everywhere(tmp_path, on_a_copy(versions.keep)):
-        run = Run(tmp_path / "run")
+    for _ in killed_everywhere(quick_path, on_a_copy(versions.keep)):
+        run = Run(quick_path / "run")
         assert content(run) == first
         seen.append([card["number"] for card in versions.kept(run)])
         assert versions.keep(run) == 1
@@ -127,7 +115,7 @@ def test_killed_before_any_system_call_of_keeping_a_version(tmp_path, template, 
     assert {tuple(numbers) for numbers in seen} == {(), (1,)}
 
 
-def test_killed_before_any_system_call_of_putting_a_version_back(tmp_path, template, on_a_copy):
+def test_killed_before_any_system_call_of_putting_a_version_back(quick_path, template, on_a_copy):
     judged(template)
     first = content(template)
     versions.keep(template)
@@ -135,8 +123,8 @@ def test_killed_before_any_system_call_of_putting_a_version_back(tmp_path, templ
 
     prepare = on_a_copy(lambda run: versions.put_back(run, versions.version(run, 1)))
     seen = []
-    for _ in killed_everywhere(tmp_path, prepare):
-        run = Run(tmp_path / "run")
+    for _ in killed_everywhere(quick_path, prepare):
+        run = Run(quick_path / "run")
         assert run.damage("calibrate") is None
         seen.append(content(run) == first)
         assert seen[-1] or content(run) == second
@@ -167,20 +155,20 @@ def tagged(out):
 
 
 @pytest.mark.parametrize(("earlier", "exchange"), [(True, True), (True, False), (False, True)])
-def test_killed_before_any_system_call_of_publishing_tags(tmp_path, earlier, exchange, monkeypatch):
+def test_killed_before_any_system_call_of_publishing_tags(quick_path, earlier, exchange, monkeypatch):
     if not exchange:
         monkeypatch.setattr(tagging, "_exchanged", lambda *_: False)
-    out, work = tmp_path / "home" / "tags", tmp_path / "home" / ".tags.tagmill"
+    out, work = quick_path / "home" / "tags", quick_path / "home" / ".tags.tagmill"
 
     def prepare():
-        shutil.rmtree(tmp_path / "home", ignore_errors=True)
+        shutil.rmtree(quick_path / "home", ignore_errors=True)
         if earlier:
             tags(out, 1)
         tags(work / "result", 2)
         return lambda: (tagging._publish(work / "result", out), shutil.rmtree(work))
 
     seen = []
-    for _ in killed_everywhere(tmp_path, prepare):
+    for _ in killed_everywhere(quick_path, prepare):
         seen.append(tagged(out) if out.exists() else None)
         tagging._recover(out)
         if earlier:
@@ -190,7 +178,7 @@ def test_killed_before_any_system_call_of_publishing_tags(tmp_path, earlier, exc
         tagging._publish(work / "result", out)
         assert tagged(out) == 3
         shutil.rmtree(work)
-        assert os.listdir(tmp_path / "home") == ["tags"]
+        assert os.listdir(quick_path / "home") == ["tags"]
     assert set(seen) == {1 if earlier else None, 2} | ({None} if not exchange else set())
 
 
@@ -211,14 +199,14 @@ def refused(place, call, error, end):
     return True
 
 
-def test_an_error_in_any_system_call_of_a_publication(tmp_path, template, on_a_copy):
+def test_an_error_in_any_system_call_of_a_publication(quick_path, template, on_a_copy):
     publish(template, 1)
 
     prepare = on_a_copy(lambda run: publish(run, 2))
     ends = []
-    for call, error, end in failed_everywhere(tmp_path, tmp_path / "run", prepare, ERRORS):
-        run = Run(tmp_path / "run")
-        ends.append(refused(tmp_path / "run", call, error, end))
+    for call, error, end in failed_everywhere(quick_path, quick_path / "run", prepare, ERRORS):
+        run = Run(quick_path / "run")
+        ends.append(refused(quick_path / "run", call, error, end))
         assert ends[-1] or error == "EINTR" or call.name in ("close", "read", "openat"), (call, error)
         assert whole(run) == 2 if not ends[-1] else whole(run) in (1, 2)
         assert temporary(run.root) == []
@@ -228,7 +216,7 @@ def test_an_error_in_any_system_call_of_a_publication(tmp_path, template, on_a_c
     assert ends.count(True) > 60
 
 
-def test_an_error_in_any_system_call_of_a_version(tmp_path, template, on_a_copy):
+def test_an_error_in_any_system_call_of_a_version(quick_path, template, on_a_copy):
     judged(template)
     first = content(template)
     versions.keep(template)
@@ -236,9 +224,9 @@ def test_an_error_in_any_system_call_of_a_version(tmp_path, template, on_a_copy)
 
     prepare = on_a_copy(lambda run: (versions.keep(run), versions.put_back(run, versions.version(run, 1))))
     ends = []
-    for call, error, end in failed_everywhere(tmp_path, tmp_path / "run", prepare, ERRORS):
-        run = Run(tmp_path / "run")
-        ends.append(refused(tmp_path / "run", call, error, end))
+    for call, error, end in failed_everywhere(quick_path, quick_path / "run", prepare, ERRORS):
+        run = Run(quick_path / "run")
+        ends.append(refused(quick_path / "run", call, error, end))
         assert run.damage("calibrate") is None
         assert content(run) == first if not ends[-1] else content(run) in (first, second)
         assert [card["number"] for card in versions.kept(run)] in ([1], [1, 2])
@@ -254,11 +242,11 @@ def later(calls, after, name, end):
 
 
 @pytest.mark.parametrize("what", ["publication", "version"])
-def test_content_is_on_disk_before_its_name_and_the_name_before_the_manifest(tmp_path, template, on_a_copy, what):
+def test_content_is_on_disk_before_its_name_and_the_name_before_the_manifest(quick_path, template, on_a_copy, what):
     judged(template)
-    run = Run(tmp_path / "run")
+    run = Run(quick_path / "run")
     action = {"publication": lambda run: publish(run, 1), "version": versions.keep}[what]
-    end = traced(tmp_path, on_a_copy(action)())
+    end = traced(quick_path, on_a_copy(action)())
     assert end.status == 0
     calls = end.calls
     files = {
