@@ -11,6 +11,7 @@ import select
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -519,7 +520,8 @@ def guarded(function: Callable[[], object], debug: bool = False) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup asks for it
             signal.signal(number, terminate)
     try:
-        function()
+        with _no_signal_lost():
+            function()
         print(end="", flush=True)  # the reader of a short output may have left, and nothing was written before
     except Terminated:
         _stop(children() - before)
@@ -541,6 +543,27 @@ def guarded(function: Callable[[], object], debug: bool = False) -> int:
         print(f"tagmill: {one_line(known)}", file=sys.stderr)
         return known.code
     return 0
+
+
+@contextlib.contextmanager
+def _no_signal_lost():
+    """What a handler raises in a destructor or a callback of the collector is dropped by Python: send it again."""
+    before = sys.unraisablehook
+
+    def again(dropped):
+        number = {Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(dropped.exc_type)
+        if number is None:
+            return before(dropped)
+        # a little later, from outside: raised here it would be dropped as well
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def children() -> set[psutil.Process]:

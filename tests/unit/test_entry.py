@@ -181,6 +181,21 @@ time.sleep(60)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGINT, 130)])
+def test_a_signal_in_a_destructor_is_not_lost(number, code):
+    prelude = f"""
+class Slow:
+    def __del__(self):
+        os.kill(os.getpid(), {int(number)})
+        for _ in range(1000): pass
+"""
+    process = program("Slow()\ntime.sleep(60)", prelude)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert err.count("\n") == 1
+    assert "run the same command again to go on" in err
+
+
 def test_nohup_is_respected():
     process = program(
         'os.kill(os.getpid(), signal.SIGHUP)\nprint("still here")', "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
