@@ -16,12 +16,16 @@ import pytest
 
 from pipeline.store import MANIFEST
 from tests.chaos import checker
-from tests.chaos.__main__ import SETS, Fit
+from tests.chaos.__main__ import SETS, Fit, Local
+from tests.site import patched
 
 ROOT = Path(__file__).parents[2]
 CANARY = "canary-7f3a9c51e2"
-MASTER = "local[2]"
-SMALL = ("--set", "spark.driver_memory=1g")
+pytestmark = pytest.mark.timeout(1200)  # the first test waits for two fits
+
+
+class Small(Local):
+    sets = ("spark.driver_memory=1g",)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,7 @@ def folder(memory, toy):
 @pytest.fixture(scope="module")
 def golden(folder):
     """Prints of an undisturbed fit."""
-    fit = Fit(folder, folder / "golden", MASTER, words=SMALL)
+    fit = Fit(folder, folder / "golden", Small())
     assert fit.process.wait(500) == 0, fit.said()
     return checker.prints(folder / "golden")
 
@@ -67,24 +71,26 @@ class Watch(threading.Thread):
 @pytest.fixture(scope="module")
 def hostile(folder):
     """A fit in an environment in which nothing is as usual, and what was seen of it."""
-    environment = {
+    place = Small()
+    place.environment = {
         **{"PYTHONHASHSEED": "4242", "LC_ALL": "C", "LANG": "C", "TZ": "Pacific/Kiritimati"},
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "tests" / "chaos" / "clock", ROOT))),
+        **patched(**{"pipeline.store": "tests.chaos.clock:untrusted"}),
         **dict.fromkeys(("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"), CANARY),
         **dict.fromkeys(("DATABASE_URL", "SOME_TOKEN"), f"https://me:{CANARY}@host/"),
     }
     log = folder / "calls.log"
     traced = "trace=fsync,?rename,?renameat,renameat2"
-    prefix = ["strace", "-f", "--seccomp-bpf", "-y", "-s", "0", "-e", traced, "-e", "signal=none", "-o", str(log)]
-    if shutil.which("strace") is None or subprocess.run([*prefix, "true"], check=False, capture_output=True).returncode:
-        prefix = []
-    words = [*SMALL, "--set", "mlflow.enabled=true", "--set", "spark.partitions=3"]
-    fit = Fit(folder, folder / "hostile", MASTER, env=environment, words=words, prefix=prefix, umask=0)
+    place.prefix = ["strace", "-f", "--seccomp-bpf", "-y", "-s", "0", "-e", traced, "-e", "signal=none", "-o", str(log)]
+    if shutil.which("strace") is None or subprocess.run([*place.prefix, "true"], check=False).returncode:
+        place.prefix = ()
+    place.sets = (*Small.sets, "mlflow.enabled=true", "spark.partitions=3")
+    place.umask = 0
+    fit = Fit(folder, folder / "hostile", place)
     watch = Watch(fit)
     code = fit.process.wait(560)
     watch.join()
     assert code == 0, fit.said()
-    return fit, watch, log if prefix else None
+    return fit, watch, log if place.prefix else None
 
 
 @pytest.mark.slow
@@ -148,7 +154,7 @@ def test_signals_in_several_stages_leave_no_process_no_lock_and_no_other_byte(fo
         (signal.SIGINT, "ingest", 130),
         (signal.SIGHUP, "featurize", 143),
     ):
-        fit = Fit(folder, run, MASTER, words=SMALL)
+        fit = Fit(folder, run, Small())
         until = run / stage / MANIFEST if stage else run / "run.json"
         while not until.exists():
             assert fit.process.poll() is None, fit.said()
@@ -162,7 +168,7 @@ def test_signals_in_several_stages_leave_no_process_no_lock_and_no_other_byte(fo
         assert "Traceback" not in said
         assert "run the same command again to go on" in said.splitlines()[-1]
         assert not (run / "evaluate" / MANIFEST).exists()
-    last = Fit(folder, run, MASTER, words=SMALL)  # the lock is free
+    last = Fit(folder, run, Small())  # the lock is free
     assert last.process.wait(500) == 0, last.said()
     assert checker.prints(run) == golden
     assert checker.leftovers(run) == []
@@ -188,7 +194,17 @@ def test_a_full_disk_is_one_line_that_says_where_and_goes_on_when_there_is_room(
     place, scratch = top / "place", top / "scratch"
     for made in (place, scratch):
         made.mkdir(parents=True)
-    words = [sys.executable, "-m", "jobs.ingest", "--run", str(place / "run"), "--input", str(toy), "--master", MASTER]
+    words = [
+        sys.executable,
+        "-m",
+        "jobs.ingest",
+        "--run",
+        str(place / "run"),
+        "--input",
+        str(toy),
+        "--master",
+        Small.master,
+    ]
     options = (*SETS, "spark.driver_memory=1g", f"spark.options.spark.local.dir={scratch}")
     done = subprocess.run(
         [
