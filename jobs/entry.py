@@ -11,7 +11,6 @@ import select
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -556,23 +555,29 @@ def guarded(function: Callable[[], object], debug: bool = False) -> int:
 
 @contextlib.contextmanager
 def _no_signal_lost():
-    """What a handler raises in a destructor or a callback of the collector is dropped by Python: send it again."""
-    before = sys.unraisablehook
+    """What a handler raises in a destructor or a callback of the collector is dropped by Python: raise it again."""
+    before, waiting = sys.unraisablehook, []
 
     def again(dropped):
-        number = {Terminated: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(dropped.exc_type)
-        if number is None:
+        kind = dropped.exc_type
+        if kind not in (Terminated, KeyboardInterrupt):
             return before(dropped)
-        # a little later, from outside: raised here it would be dropped as well
-        timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
-        timer.daemon = True
-        timer.start()
+
+        def late(number, frame):
+            raise kind
+
+        # raised here it would be dropped as well
+        waiting.append(kind)
+        signal.signal(signal.SIGALRM, late)
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
 
     sys.unraisablehook = again
     try:
         yield
     finally:
         sys.unraisablehook = before
+        if waiting:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def children() -> set[psutil.Process]:
