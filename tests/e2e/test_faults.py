@@ -1,6 +1,7 @@
 """Whole fits by the command: another environment, secrets around it, signals in its stages, full disks."""
 
 import contextlib
+import datetime
 import os
 import re
 import shutil
@@ -96,6 +97,9 @@ def hostile(folder):
 @pytest.mark.slow
 def test_clock_locale_zone_hash_seed_and_umask_change_no_byte(folder, golden, hostile):
     assert checker.prints(folder / "hostile") == golden
+    since = re.search(r"since (\S+ \S+) UTC", (folder / "hostile" / ".lock").read_text())[1]
+    off = datetime.datetime.fromisoformat(since) - datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
+    assert abs(off.days) > 390  # the clock was another one
 
 
 @pytest.mark.slow
