@@ -674,8 +674,10 @@ def logging_to_stderr(debug: bool = False) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for name in ("tagmill", "pipeline"):
         logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.INFO)
-    for name in ("py4j", "mlflow", "alembic", "numba"):
+    for name in ("mlflow", "alembic", "numba"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # what it logs with a traceback it raises too: a signal in the middle of a call is told by the last line
+    logging.getLogger("py4j").setLevel(logging.ERROR if debug else logging.CRITICAL)
 
 
 class _OneLine(logging.Formatter):
