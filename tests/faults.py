@@ -113,8 +113,8 @@ def killed_everywhere(
 def failed_everywhere(
     folder: Path, place: Path, prepare: Callable[[], Callable[[], object]], errors: dict[str, tuple[str, ...]]
 ) -> Iterator[tuple[Call, str, End]]:
-    """Each call below `place` in turn that can have one of the errors, with the error and how the process ended."""
+    """Each call below `place` that would have done its work, in turn, with an error instead; how the process ended."""
     for call in traced(folder, prepare()).calls:
-        if str(place) in call.text:
+        if str(place) in call.text and call.error is None:
             for error in errors.get(call.name, ()):
                 yield call, error, traced(folder, prepare(), f"{call.name}:error={error}:when={call.number}")
