@@ -9,6 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from jobs import entry
+from pipeline import config
 from pipeline.store import Run
 from tests.spark.test_fit import prints
 
@@ -32,7 +34,7 @@ def tagmill(home, *arguments, sets=SETS, **environment):
         [sys.executable, "-c", "from jobs.cli import main; main()", *map(str, arguments), *settings],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         cwd=home,
         env={**os.environ, "TAGMILL_HOME": str(home), "PYTHONPATH": os.pathsep.join(map(str, places)), **environment},
     )
@@ -41,6 +43,7 @@ def tagmill(home, *arguments, sets=SETS, **environment):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_fit_and_tag(toy, tmp_path):
     clean, poisoned = tmp_path / "clean.jsonl", tmp_path / "poisoned.jsonl"
     lines = toy.read_text().splitlines(keepends=True)
@@ -83,8 +86,9 @@ def test_fit_and_tag(toy, tmp_path):
     assert not list(bad.root.glob("*/*/poison-*"))
 
     # the same command again finds all of it current
-    again = tagmill(tmp_path, "fit", "--input", poisoned, "--run", bad.root, sets=(*SETS, *LIMITS), POISON="1")
-    assert "evaluate: up to date" in again
+    published = {path: path.stat().st_mtime_ns for path in bad.root.glob("*/MANIFEST.json")}
+    entry.fit(str(bad.root), str(poisoned), config.load(base=bad.info["config"])[0])
+    assert {path: path.stat().st_mtime_ns for path in bad.root.glob("*/MANIFEST.json")} == published
 
     # and documents that come to a finished model
     out = tmp_path / "tags"
