@@ -47,7 +47,7 @@ chaos: $(VENV)/.ok  ## a hundred kills at random moments, then a few with guards
 
 bench: $(VENV)/.ok bench-env  ## speed and memory against other libraries, side by side (with TAGMILL_DATA set)
 	$(BIN)/python -m pytest -q -s -m bench tests/bench
-	$(BIN)/python -m tests.bench flat hinge folds tree growth start
+	$(BIN)/python -m tests.bench flat hinge folds tree growth start integrity
 
 bench-env: $(TAGMILL_PEERS)/.ok  ## the other libraries in an environment of their own, from their hashed lock
 

@@ -204,6 +204,8 @@ def arguments(task_id: str, params: dict, date: str) -> list[str]:
         return ["--run", run, *documents, *config]
     if task_id == "register":  # the alias is for the better model; `promote` moves it
         return ["--run", run, "--set", 'mlflow.alias=""']
+    if task_id == "promote":  # also a run that was the champion before
+        return ["--run", run, "--set", "mlflow.move_alias=true"]
     return ["--run", run]
 
 

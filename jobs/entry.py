@@ -439,7 +439,7 @@ def run_stage(
     Returns the verdicts of documents that it convicted; nothing is published then.
     """
     from jobs.meter import Meter
-    from jobs.progress import watching
+    from jobs.progress import Repeated, watching
 
     run = job.run
     for name in upstream(stage):
@@ -488,9 +488,11 @@ def run_stage(
             *([grow] if growing else []),
         ),
     }.get(stage.name, lambda: (job.spark, run, attempt, job.cfg))()
+    context = getattr(arguments[0], "sparkContext", None)
+    repeated = Repeated(context)
     with (
         Meter() as meter,
-        watching(getattr(arguments[0], "sparkContext", None), stage.name),
+        watching(context, stage.name),
         explained(attempt, "write to"),
     ):
         outcome, found = poison.judged(
@@ -499,11 +501,18 @@ def run_stage(
     if outcome is None:
         return found
     rows = {name: sum(item["rows"] for item in items) for name, items in outcome.tables.items()}
-    summary = module.summary(outcome.facts, rows)
+    again = repeated.count()
+    summary = module.summary(outcome.facts, rows) + (f"; {again} tasks begun again after a loss" if again else "")
     if growing:  # nothing outlives the models that it was made from
         versions.keep(run)
         run.drop(from_on(stage.name)[1:])
-    run.commit(stage.name, attempt, recipe, outcome.tables, {**outcome.facts, **meter.facts(), "summary": summary})
+    run.commit(
+        stage.name,
+        attempt,
+        recipe,
+        outcome.tables,
+        {**outcome.facts, **meter.facts(), "tasks_repeated": again, "summary": summary},
+    )
     if stage.name == "evaluate":
         _publish(run)
     log.info("%s: %s, %.1f s", stage.name, summary, meter.seconds)

@@ -32,6 +32,31 @@ def watching(context, stage: str) -> Iterator[None]:
             thread.join(timeout=5)
 
 
+class Repeated:
+    """Counts, from its making on, the tasks that Spark had to start again: a worker or an executor was lost."""
+
+    def __init__(self, context):
+        self._context, self._before = context, set(_jobs(context))
+
+    def count(self) -> int:
+        """As far as Spark remembers its jobs; 0 without a context."""
+        failed: dict[int, int] = {}
+        with contextlib.suppress(Exception):  # the context may be stopping
+            tracker = self._context.statusTracker()
+            for job in set(_jobs(self._context)) - self._before:
+                for number in tracker.getJobInfo(job).stageIds:
+                    stage = tracker.getStageInfo(number)
+                    failed[number] = stage.numFailedTasks if stage else 0
+        return sum(failed.values())
+
+
+def _jobs(context):
+    try:
+        return list(context.statusTracker().getJobIdsForGroup(None))
+    except Exception:  # no context, or it is stopping
+        return []
+
+
 def counts(context) -> tuple[int, int]:
     """(done, all) tasks of the active jobs; (0, 0) where none is active or Spark does not tell."""
     done = total = 0

@@ -302,6 +302,9 @@ class MlflowConfig(Section):
     experiment: str = Field("tagmill", min_length=1, description="experiment that the run is logged to")
     model: str = Field("tagmill", min_length=1, description="registered model")
     alias: str = Field("champion", description="alias that moves to the new version, last of all; empty: none")
+    move_alias: bool = Field(
+        False, description="true: the alias moves to this version even where it had it once and was moved since"
+    )
     required: bool = Field(False, description="true: an unreachable server is exit code 69")
     timeout: PositiveInt = Field(15, le=86_400, description="seconds before an unreachable server is given up")
 

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
+from io import BufferedReader
 from itertools import count, pairwise
 from typing import Any, BinaryIO, NoReturn
 
@@ -248,7 +249,7 @@ def _examined(path: str, fmt: Any, target: int, need_labels: bool) -> tuple[list
         size = file.seek(0, os.SEEK_END)
         kind = _kind(path, file, size, fmt.format)
         file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = _digest(file)
         file.seek(0)
         if kind == "parquet":
             metadata = _parquet_checked(file, fmt, need_labels).metadata
@@ -261,6 +262,10 @@ def _examined(path: str, fmt: Any, target: int, need_labels: bool) -> tuple[list
             _csv_header(_CsvLines(_stream(file), fmt), _delimiter(kind), fmt, need_labels)
             ranges = [(0, size)] if size else []
     return [Split(path, kind, start, stop) for start, stop in ranges], (path, size, digest)
+
+
+def _digest(file: BufferedReader) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _kind(path: str, file: BinaryIO, size: int, given: str) -> str:

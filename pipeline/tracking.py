@@ -267,8 +267,9 @@ def send(run: Run, cfg: Config) -> dict:
         experiment_id = _experiment(client, cfg.mlflow)
         run_id = _sent(client, experiment_id, fingerprint) or _send_run(client, experiment_id, run, cfg)
         version = _version(client, run_id, run, cfg.mlflow)
-        if cfg.mlflow.alias and version.tags.get(ALIAS) != cfg.mlflow.alias:
-            # the tag says that it has been given once: an alias that somebody moved since is left where it is
+        given = version.tags.get(ALIAS) == cfg.mlflow.alias
+        if cfg.mlflow.alias and (cfg.mlflow.move_alias or not given):
+            # given once, it is left where somebody moved it since, unless asked for
             client.set_registered_model_alias(version.name, cfg.mlflow.alias, version.version)
             client.set_model_version_tag(version.name, version.version, ALIAS, cfg.mlflow.alias)
     return {

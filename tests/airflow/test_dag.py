@@ -208,7 +208,8 @@ def test_arguments():
     run = ["--run", "/runs/2026-11-23"]
     assert of("ingest") == [*run, "--input", "/in/2026-11-23.jsonl", "--config", "/c.yaml"]
     assert of("ingest", config=None) == [*run, "--input", "/in/2026-11-23.jsonl"]
-    assert of("train") == of("promote") == run
+    assert of("train") == run
+    assert of("promote") == [*run, "--set", "mlflow.move_alias=true"]
     assert of("register") == [*run, "--set", 'mlflow.alias=""']
     documents = ["--input", "/in/2026-11-23.jsonl", "--output", "/runs/tags/2026-11-23", "--config", "/c.yaml"]
     assert of("tag", model="/runs/old") == ["--run", "/runs/old", *documents]
@@ -327,7 +328,7 @@ def test_the_first_run_is_promoted_and_then_only_better_ones(submit):
     runs = submit.runs
     first = finished(runs, "2026-11-23", micro_f1=0.80, macro_f1=0.60)
     done = submit("promote")
-    assert done.words[-2:] == ["--run", first]  # without the override of the alias
+    assert done.words[-4:] == ["--run", first, "--set", "mlflow.move_alias=true"]
     assert done.extra == {"run": first, "date": "2026-11-23", "micro_f1": 0.80}
     assert dag.champion(str(runs)) == {"run": first, "date": "2026-11-23"}
 

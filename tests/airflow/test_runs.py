@@ -1,4 +1,4 @@
-"""Whole runs of both DAGs by `airflow dags test`, as a person starts them: what is promised holds under Airflow too."""
+"""Whole runs of both DAGs by `airflow dags test` on a cluster of this host: the promises hold under Airflow too."""
 
 import contextlib
 import json
@@ -27,9 +27,9 @@ pytestmark = [
 
 
 class Airflow:
-    """An Airflow home in a temporary folder, with a corpus and a folder of runs."""
+    """An Airflow home in a temporary folder, with a corpus and a folder of runs; jobs go to the cluster `master`."""
 
-    def __init__(self, root):
+    def __init__(self, root, master, spark_conf):
         self.root, self.runs = root, root / "runs"
         self.runs.mkdir()
         self.corpus = root / "documents.jsonl"
@@ -47,6 +47,7 @@ class Airflow:
             "split: {near_duplicates: 0}\n"
             "train: {labels_per_block: 2, gap: 1.0e-5}\n"  # many blocks, slow enough to be hit
             "evaluate: {bootstrap: 0}\n"
+            "spark: {options: {spark.cores.max: '1'}}\n"  # of the two that there are: two dates run side by side
         )
         self.environment = {
             **os.environ,
@@ -57,7 +58,8 @@ class Airflow:
             "TAGMILL_BIN": str(BIN),
             "TAGMILL_RUNS": str(self.runs),
             "TAGMILL_DOCUMENTS": str(self.corpus),
-            "TAGMILL_MASTER": "local[2]",
+            "TAGMILL_MASTER": master,
+            "SPARK_CONF_DIR": spark_conf,
             "TAGMILL_HOME": str(root / "tagmill"),
             "TAGMILL_RETRY_SECONDS": "1",
         }
@@ -92,8 +94,23 @@ class Airflow:
 
 
 @pytest.fixture(scope="module")
-def airflow(tmp_path_factory):
-    return Airflow(tmp_path_factory.mktemp("airflow"))
+def cluster(tmp_path_factory):
+    """What `make cluster-up` starts: its state, as cluster.json holds it."""
+    folder = tmp_path_factory.mktemp("cluster")
+
+    def run(what):
+        subprocess.run([BIN / "python", "-m", "jobs.cluster", what, "--folder", folder], cwd=ROOT, check=True)
+
+    run("up")
+    try:
+        yield json.loads((folder / "cluster.json").read_text())
+    finally:
+        run("down")
+
+
+@pytest.fixture(scope="module")
+def airflow(tmp_path_factory, cluster):
+    return Airflow(tmp_path_factory.mktemp("airflow"), cluster["master"], cluster["conf"])
 
 
 def manifests(run):

@@ -1,13 +1,14 @@
 """Speed and memory of tagmill against other libraries, side by side: one Markdown table a part.
 
-    python -m tests.bench flat hinge folds tree growth start
+    python -m tests.bench flat hinge folds tree growth start integrity
 
-flat     one-vs-rest logistic to the same objective
-hinge    one-vs-rest squared hinge
-folds    final and out-of-fold models of three folds
-tree     all labels, against the trees of the peers
-growth   own runs, documents and labels times 1, 2, 4, 8
-start    from the start of a job to its first solved group
+flat       one-vs-rest logistic to the same objective
+hinge      one-vs-rest squared hinge
+folds      final and out-of-fold models of three folds
+tree       all labels, against the trees of the peers
+growth     own runs, documents and labels times 1, 2, 4, 8
+start      from the start of a job to its first solved group
+integrity  hashes, fsync, manifests and accounting: their share of a fit
 
 TAGMILL_DATA names the folder of corpora (parts that need one are skipped without), TAGMILL_PEERS the environment of
 peers.lock (default .venv-peers, made by `make bench-env`; peers are skipped without), TAGMILL_BENCH where matrices are
@@ -18,7 +19,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tests.bench import against, growth, start, tree
+from tests.bench import against, growth, integrity, start, tree
 from tests.bench.processes import Skipped
 from tests.bench.report import command_line
 
@@ -29,6 +30,7 @@ PARTS = {
     "tree": tree.tree,
     "growth": growth.growth,
     "start": start.start,
+    "integrity": integrity.integrity,
 }
 
 

@@ -1,15 +1,19 @@
 """Kill `tagmill fit` again and again, at random moments, and see that nothing is lost, doubled or changed.
 
-    python -m tests.chaos [--kills 100] [--seed N] [--master local[2]] [--mutation NAME]
+    python -m tests.chaos [--kills 100] [--seed N] [--cluster] [--mutation NAME]
 
 Workload: the command itself on a small generated corpus.  Nemesis: seeded choice of victim and moment, half of them
 while a file is being published.  Checker: `checker`, which knows nothing of the pipeline.  Every kill is a line of
 JSON; the seed is printed first and last.  Exit code 1 where anything was wrong.
 
+--cluster starts a master with two workers on the loopback, and kills executors, workers and the master too; a dead
+worker or master is started again.
+
 --mutation takes a guard of the pipeline away (`mutations`): the loop must then end with exit code 1.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -19,17 +23,33 @@ import sys
 import tempfile
 import time
 import uuid
+from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 
+from jobs import cluster
 from tests.chaos import checker
 from tests.chaos.mutations import MUTATIONS
+from tests.site import patched
 
 SETS = ("mlflow.enabled=false", "train.labels_per_block=2", "train.gap=1e-4", "evaluate.bootstrap=100")
 VICTIMS = ("driver", "jvm", "worker", "group", "term")
-ENDS = {"driver": -signal.SIGKILL, "group": -signal.SIGKILL, "jvm": 69, "term": 143}
+SPARK_VICTIMS = {  # of a cluster: what their command lines hold
+    "executor": "CoarseGrainedExecutorBackend",
+    "host": "deploy.worker.Worker",
+    "master": "deploy.master.Master",
+}
+ENDS = {
+    "driver": {-signal.SIGKILL},
+    "group": {-signal.SIGKILL},
+    "jvm": {69},
+    "term": {143, -signal.SIGTERM},
+    "master": {0, 69},
+}
 PATIENCE = 30  # seconds in which whoever survives a kill must be gone
+RESTART = 0.2  # seconds after which a dead master or worker is back
 
 
 def corpus(folder: Path, documents: int = 600, labels: int = 40) -> dict:
@@ -52,40 +72,111 @@ def corpus(folder: Path, documents: int = 600, labels: int = 40) -> dict:
     return truth
 
 
-class Fit:
-    """One start of the command; its processes carry a token of their own, so that no other process is ever a victim."""
+def marked(name: str, token: str) -> list[psutil.Process]:
+    """Processes that carry a token in their environment, so that no other process is ever a victim."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(name) == token and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
-    def __init__(self, folder: Path, run: Path, master: str, mutation: str | None):
+
+class Local:
+    """Where the command runs: driver, executor and workers on this host, all below the command."""
+
+    victims = VICTIMS
+    environment: ClassVar[dict[str, str]] = {}
+    sets: tuple[str, ...] = ()
+    master = "local[2]"
+
+    def processes(self) -> list[psutil.Process]:
+        return []
+
+    def restart(self, victim) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+
+class Cluster:
+    """A master and two workers; their executors carry the token of the cluster."""
+
+    victims = (*VICTIMS, *SPARK_VICTIMS)
+    sets = ("spark.options.spark.executor.memory=700m", "spark.wait=60")
+
+    def __init__(self, folder: Path):
+        self.token, self.folder = uuid.uuid4().hex, folder
+        os.environ["CHAOS_CLUSTER"] = self.token
+        state = cluster.up(folder)
+        del os.environ["CHAOS_CLUSTER"]
+        self.master, self.environment = state["master"], {"SPARK_CONF_DIR": state["conf"]}
+        self.restarted: list[subprocess.Popen] = []
+
+    def processes(self) -> list[psutil.Process]:
+        """Executors and what they started; masters and workers are there for good."""
+        daemons = tuple(SPARK_VICTIMS[name] for name in ("host", "master"))
+        return [p for p in marked("CHAOS_CLUSTER", self.token) if not any(d in " ".join(p.cmdline()) for d in daemons)]
+
+    def restart(self, victim: dict) -> None:
+        """Start a dead master or worker again as it was."""
+        time.sleep(RESTART)
+        log = (self.folder / "restarted.log").open("ab")
+        self.restarted.append(
+            subprocess.Popen(
+                victim["command"],
+                env=victim["environment"],
+                cwd=victim["cwd"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        )
+
+    def stop(self) -> None:
+        cluster.down(self.folder)
+        for process in marked("CHAOS_CLUSTER", self.token):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        for daemon in self.restarted:
+            daemon.wait()
+
+
+class Fit:
+    """One start of the command; its processes carry a token of their own."""
+
+    def __init__(self, folder: Path, run: Path, place: Local | Cluster, mutation: str | None):
         self.token = uuid.uuid4().hex
-        self.run = run
-        environment = {**os.environ, "TAGMILL_HOME": str(folder / "home"), "CHAOS_ID": self.token}
+        self.run, self.place = run, place
+        environment = {**os.environ, **place.environment, "TAGMILL_HOME": str(folder / "home"), "CHAOS_ID": self.token}
         if mutation:
-            environment["CHAOS_MUTATION"] = mutation
-            places = [Path(__file__).parent / "site", Path(__file__).parents[2]]  # sitecustomize patches every process
-            environment["PYTHONPATH"] = os.pathsep.join([*map(str, places), os.environ.get("PYTHONPATH", "")])
+            environment |= patched(**{"pipeline.store": f"tests.chaos.mutations:{mutation}"})
         command = [str(Path(sys.executable).parent / "tagmill"), "fit", "--input", str(folder / "documents.jsonl")]
-        command += ["--run", str(run), "--master", master, *(x for s in SETS for x in ("--set", s))]
+        sets = (x for s in (*SETS, *place.sets) for x in ("--set", s))
         self.log = (folder / f"{self.token}.log").open("w+")
         self.began = time.monotonic()
         self.process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=self.log, env=environment, start_new_session=True
+            [*command, "--run", str(run), "--master", place.master, *sets],
+            stdout=subprocess.DEVNULL,
+            stderr=self.log,
+            env=environment,
+            start_new_session=True,
         )
 
     def family(self) -> list[psutil.Process]:
-        """All processes with the token, the driver included."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("CHAOS_ID") == self.token and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (psutil.Error, OSError):
-                continue
-        return found
+        """All processes that the command started, itself included."""
+        return marked("CHAOS_ID", self.token) + self.place.processes()
 
     def victim(self, kind: str, draw: random.Random) -> psutil.Process | None:
-        others = [p for p in self.family() if p.pid != self.process.pid]
+        if kind in SPARK_VICTIMS:
+            others = marked("CHAOS_CLUSTER", self.place.token)  # type: ignore[union-attr]
+            others = [p for p in others if SPARK_VICTIMS[kind] in " ".join(p.cmdline())]
+        else:
+            others = [p for p in self.family() if p.pid != self.process.pid]
         if kind == "jvm":
-            others = [p for p in others if "java" in p.name()]
+            others = [p for p in others if "java" in p.name() and "CoarseGrained" not in " ".join(p.cmdline())]
         elif kind == "worker":
             others = [p for p in others if "python" in p.name() and "pipeline.daemon" in " ".join(p.cmdline())]
         return draw.choice(others) if others else None
@@ -103,7 +194,10 @@ class Fit:
                 victim = self.victim(kind, draw)
                 if victim is None:
                     return 0
+                was = {"command": victim.cmdline(), "environment": victim.environ(), "cwd": victim.cwd()}
                 victim.kill()
+                if kind in ("host", "master"):
+                    self.place.restart(was)
         except (ProcessLookupError, psutil.NoSuchProcess):
             return 0
         return 1
@@ -117,9 +211,11 @@ class Fit:
         until = time.monotonic() + PATIENCE
         while (left := self.family()) and time.monotonic() < until:
             time.sleep(0.2)
-        names = [f"{p.pid} {' '.join(p.cmdline())[:100]}" for p in left if p.is_running()]
+        names = []
         for process in left:
-            process.kill()
+            with contextlib.suppress(psutil.Error):
+                names.append(f"{process.pid} {' '.join(process.cmdline())[:100]}")
+                process.kill()
         return names
 
 
@@ -138,66 +234,94 @@ def wait_for_moment(fit: Fit, draw: random.Random, span: float) -> None:
         time.sleep(0.0005 if time.monotonic() >= at else 0.02)
 
 
-def loop(folder: Path, kills: int, seed: int, master: str, mutation: str | None = None, tell=print) -> list[str]:
-    """Everything that went wrong in `kills` kills."""
+def undisturbed(folder: Path, place: Local | Cluster, truth: dict) -> tuple[float, dict, list[str]]:
+    """Seconds of a run with compiled kernels, the bytes that every other run must have, and what was wrong."""
+    wrong: list[str] = []
+    for name in ("first", "golden"):  # the first one compiles
+        fit = Fit(folder, folder / name, place, None)
+        if fit.process.wait(900) != 0:
+            return 0.0, {}, [f"the undisturbed run failed: {fit.said()[-2000:]}"]
+        span = time.monotonic() - fit.began
+        wrong += checker.violations(folder / name, truth) + fit.gone()
+    if checker.prints(folder / "first") != checker.prints(folder / "golden"):
+        wrong.append("two undisturbed runs differ")
+    return span, checker.prints(folder / "golden"), wrong
+
+
+def loop(folder: Path, kills: int, seed: int, place: Local | Cluster, mutation: str | None = None, tell=print) -> dict:
+    """Kill until `kills` processes were hit or something is wrong; what was hit, and all that was wrong."""
     draw = random.Random(seed)
     truth = corpus(folder)
-    golden = Fit(folder, folder / "golden", master, None)
-    if golden.process.wait(900) != 0:
-        return [f"the undisturbed run failed: {golden.said()[-2000:]}"]
-    span = time.monotonic() - golden.began
-    expected = checker.prints(folder / "golden")
-    wrong = checker.violations(folder / "golden", truth) + golden.gone()
-    hit, number = 0, 0
-    while hit < kills and not wrong:
+    span, expected, wrong = undisturbed(folder, place, truth)
+    hits: Counter[str] = Counter()
+    number, dearest = 0, 0.0
+    while hits.total() < kills and not wrong:
         number += 1
         run = folder / f"run-{number}"
+        starts, spent = 0, 0.0
         while not wrong:  # the same command until it is through
-            fit = Fit(folder, run, master, mutation)
-            kind = draw.choice(VICTIMS) if hit < kills else None
+            fit = Fit(folder, run, place, mutation)
+            starts += 1
+            kind = draw.choice(place.victims) if hits.total() < kills else None
             struck = 0
             if kind:
-                wait_for_moment(fit, draw, span)
-                if fit.process.poll() is None:
+                wait_for_moment(fit, draw, span if starts == 1 else span / 2)  # a resumed run is shorter
+                while fit.process.poll() is None and not struck:  # there may be no such process just now
                     struck = fit.strike(kind, draw)
-                    hit += struck
+            hits.update([kind] if struck and kind else [])
+            code: int | None = None
             try:
                 code = fit.process.wait(4 * span + 60)
             except subprocess.TimeoutExpired:
                 wrong.append(f"hangs after {kind}")
-                code = None
-            left = fit.gone()
-            wrong += [f"left behind: {name}" for name in left]
+            after = time.monotonic() - fit.began
+            spent += after
+            wrong += [f"left behind: {name}" for name in fit.gone()]
             wrong += checker.violations(run, truth)
             lines = fit.said()
-            allowed = {0, ENDS.get(kind)} if struck else {0}
+            allowed = {0} | (ENDS.get(kind, set()) if struck and kind else set())
             if code not in allowed or "Traceback" in lines:
                 wrong.append(f"exit code {code} after {kind if struck else 'nothing'}: {lines[-1500:]}")
-            after = round(time.monotonic() - fit.began, 2)
-            tell(json.dumps({"run": number, "kill": hit, "victim": kind, "struck": struck, "code": code, "s": after}))
+            event = {"run": number, "kill": hits.total(), "victim": kind, "struck": struck, "code": code}
+            tell(json.dumps({**event, "s": round(after, 2)}))
             if code == 0:
                 break
+        if starts > 1:
+            dearest = max(dearest, (spent - span) / (starts - 1))
         if not wrong and checker.prints(run) != expected:
             changed = [name for name, prints in checker.prints(run).items() if prints != expected[name]]
             wrong.append(f"run {number} differs from the undisturbed one in {changed}")
         if not wrong:
             wrong += [f"not cleaned up: {name}" for name in checker.leftovers(run)]
-    tell(json.dumps({"kills": hit, "runs": number, "wrong": wrong, "seed": seed}))
-    return wrong
+    found = {
+        "kills": hits.total(),
+        "of": dict(hits),
+        "runs": number,
+        "undisturbed_s": round(span, 1),
+        "dearest_kill_s": round(dearest, 1),
+        "wrong": wrong,
+        "seed": seed,
+    }
+    tell(json.dumps(found))
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
-    parser.add_argument("--master", default="local[2]")
+    parser.add_argument("--cluster", action="store_true", help="on a standalone cluster, with its processes as victims")
     parser.add_argument("--mutation", choices=sorted(MUTATIONS))
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        place = Cluster(Path(folder) / "cluster") if arguments.cluster else Local()
         tell = lambda line: print(line, flush=True)  # noqa: E731
-        wrong = loop(Path(folder), arguments.kills, arguments.seed, arguments.master, arguments.mutation, tell)
-    return int(bool(wrong))
+        try:
+            found = loop(Path(folder), arguments.kills, arguments.seed, place, arguments.mutation, tell)
+        finally:
+            place.stop()
+    return int(bool(found["wrong"]))
 
 
 if __name__ == "__main__":

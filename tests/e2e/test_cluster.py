@@ -89,7 +89,7 @@ def alive(ui) -> int:
         return 0
 
 
-def fit(corpus, run, master, home, *more):  # noqa: F811
+def start(corpus, run, master, home, *more):  # noqa: F811
     sets = (
         "mlflow.enabled=false",
         f"train.labels_per_block={BLOCK}",
@@ -98,29 +98,74 @@ def fit(corpus, run, master, home, *more):  # noqa: F811
         *more,
     )
     command = [TAGMILL, "fit", "--input", corpus, "--run", run, "--master", master]
-    done = subprocess.run(
+    return subprocess.Popen(
         [*command, *(word for item in sets for word in ("--set", item))],
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=500,
-        check=False,
         env={**os.environ, "TAGMILL_HOME": str(home), "SPARK_LOCAL_IP": "127.0.0.1"},
     )
-    assert done.returncode == 0, done.stderr
-    return Run(run)
+
+
+def fit(*arguments):
+    process = start(*arguments)
+    _, said = process.communicate(timeout=500)
+    assert process.returncode == 0, said
+    return Run(arguments[1])
+
+
+@pytest.fixture(scope="module")
+def one_process(corpus, tmp_path_factory):  # noqa: F811
+    root = tmp_path_factory.mktemp("one")
+    return fit(corpus, root / "run", "local[2]", root / "home")
 
 
 @pytest.mark.slow
-def test_two_hosts_give_the_bytes_of_one_and_build_the_matrix_once_each(cluster, corpus, tmp_path):  # noqa: F811
+def test_two_hosts_give_the_bytes_of_one_and_build_the_matrix_once_each(
+    cluster,
+    one_process,
+    corpus,  # noqa: F811
+    tmp_path,
+):
     spread = fit(corpus, tmp_path / "spread", cluster, tmp_path / "home")
     facts = spread.manifest("train")
     assert len(facts["matrix_builds"]) == 2
     assert set(facts["matrix_builds"].values()) == {1}
     assert len({Path(folder).parents[1] for folder in facts["matrix_builds"]}) == 2
     assert not any(os.path.exists(folder) for folder in facts["matrix_builds"]), "left behind on a host"
-    local = fit(corpus, tmp_path / "local", "local[2]", tmp_path / "home")
-    assert list(local.manifest("train")["matrix_builds"].values()) == [1]
-    assert prints(spread) == prints(local)
+    assert list(one_process.manifest("train")["matrix_builds"].values()) == [1]
+    assert prints(spread) == prints(one_process)
+
+
+@pytest.mark.slow
+def test_a_killed_executor_changes_no_byte_and_is_told(cluster, one_process, corpus, tmp_path):  # noqa: F811
+    process = start(corpus, tmp_path / "run", cluster, tmp_path / "home")
+    while len(list((tmp_path / "run" / "train").glob("blocks-*/block-*.json"))) < 3:
+        assert process.poll() is None, "finished before an executor could be killed"
+        time.sleep(0.002)
+    mine = tmp_path.parent  # the workers have their folders below it
+    victim = next(p for p in psutil.process_iter() if "CoarseGrainedExecutorBackend" in _words(p) and below(p, mine))
+    victim.kill()
+    _, said = process.communicate(timeout=500)
+    assert process.returncode == 0, said
+    run = Run(tmp_path / "run")
+    assert run.manifest("train")["tasks_repeated"] >= 1
+    assert "begun again after a loss" in run.manifest("train")["summary"]
+    assert prints(run) == prints(one_process)
+
+
+def _words(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def below(process, folder):
+    try:
+        return Path(process.cwd()).is_relative_to(folder)
+    except psutil.Error:
+        return False
 
 
 def make(what, folder, env=os.environ):

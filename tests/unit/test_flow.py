@@ -95,6 +95,7 @@ OTHER = {
     "mlflow.experiment": "other",
     "mlflow.model": "other",
     "mlflow.alias": "other",
+    "mlflow.move_alias": True,
     "mlflow.required": True,
     "mlflow.timeout": 3,
 }
@@ -114,6 +115,7 @@ NO_RESULT = {
     # whether and where a finished run is reported
     "mlflow.enabled",
     "mlflow.tracking_uri",
+    "mlflow.move_alias",
     "mlflow.required",
     "mlflow.timeout",
     # read by the job that tags new documents, which has it in its own recipe

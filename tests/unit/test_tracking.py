@@ -206,6 +206,10 @@ def test_sending_again_changes_nothing_and_an_alias_that_was_moved_stays(sent):
     assert {**again, "seconds": 0} == {**sent.facts, "seconds": 0}
     assert len(sent.runs()) == len(client.search_model_versions()) == 1
     assert client.get_registered_model("tagmill").aliases == {}
+    moving = settings(f"mlflow.tracking_uri={sent.cfg.mlflow.tracking_uri}", "mlflow.move_alias=true")
+    tracking.send(sent.run, moving)
+    assert list(client.get_registered_model("tagmill").aliases) == ["champion"]
+    client.delete_registered_model_alias("tagmill", "champion")
     other = tracking.send(
         sent.run, settings(f"mlflow.tracking_uri={sent.cfg.mlflow.tracking_uri}", "mlflow.alias=next")
     )
