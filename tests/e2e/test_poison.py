@@ -12,31 +12,32 @@ import pytest
 from jobs import entry
 from pipeline import config
 from pipeline.store import Run
+from tests import poison
+from tests.site import patched
 from tests.spark.test_fit import prints
 
 SETS = ("mlflow.enabled=false", "train.labels_per_block=8", "spark.driver_memory=1g", "evaluate.bootstrap=100")
 LIMITS = ("spark.document_seconds=3", "spark.document_gb=1.5")
-ROOT = Path(__file__).parents[2]
+TAGMILL = str(Path(sys.executable).parent / "tagmill")
 REASONS = {
     "poison crash": "worker_crash",
     "poison raise": "error:ZeroDivisionError",
     "poison memory": "oom",
     "poison sleep": "timeout",
 }
-WORDS = ("segfaulting", "raising", "exhausting", "hanging")
 
 
-def tagmill(home, *arguments, sets=SETS, **environment):
-    """One command with every process patched, and the lines that it said."""
-    places = [Path(__file__).parent / "poison", ROOT, os.environ.get("PYTHONPATH", "")]
+def tagmill(home, *arguments, sets, patch=None, **environment):
+    """One command, with the vectorizer of every process patched, and the lines that it said."""
+    patches = patched(**{"pipeline.learners.vectorizer": f"tests.poison:{patch}"}) if patch else {}
     settings = ["--master", "local[2]", *(x for s in sets for x in ("--set", s))]
     done = subprocess.run(
-        [sys.executable, "-c", "from jobs.cli import main; main()", *map(str, arguments), *settings],
+        [TAGMILL, *map(str, arguments), *settings],
         capture_output=True,
         text=True,
         timeout=900,
         cwd=home,
-        env={**os.environ, "TAGMILL_HOME": str(home), "PYTHONPATH": os.pathsep.join(map(str, places)), **environment},
+        env={**os.environ, "TAGMILL_HOME": str(home), **patches, **environment},
     )
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stderr
@@ -47,7 +48,7 @@ def tagmill(home, *arguments, sets=SETS, **environment):
 def test_fit_and_tag(toy, tmp_path):
     clean, poisoned = tmp_path / "clean.jsonl", tmp_path / "poisoned.jsonl"
     lines = toy.read_text().splitlines(keepends=True)
-    for doc_id, word in zip(REASONS, WORDS, strict=True):
+    for doc_id, word in zip(REASONS, poison.DEEDS, strict=True):
         bad = {"doc_id": doc_id, "text": f"the {word} cat ran over wheat and corn", "labels": []}
         lines.insert(len(doc_id) % 7, json.dumps(bad) + "\n")
     clean.write_text(toy.read_text())
@@ -56,9 +57,19 @@ def test_fit_and_tag(toy, tmp_path):
     kills.mkdir()
 
     # workers are killed nine times on a corpus without fault: nobody is blamed
-    said = tagmill(tmp_path, "fit", "--input", clean, "--run", tmp_path / "clean", POISON_KILLS=str(kills))
+    said = tagmill(
+        tmp_path,
+        "fit",
+        "--input",
+        clean,
+        "--run",
+        tmp_path / "clean",
+        sets=SETS,
+        patch="workers",
+        KILLS_FOLDER=str(kills),
+    )
     assert {path.name for path in kills.iterdir()} == {
-        f"{name}-{number}" for name in ("lower_bytes", "count_documents", "vectorize") for number in range(3)
+        f"{name}-{number}" for name in poison.FUNCTIONS for number in range(poison.KILLS)
     }
     run = Run(tmp_path / "clean")
     assert "quarantine" not in said
@@ -67,7 +78,9 @@ def test_fit_and_tag(toy, tmp_path):
     tagmill(tmp_path, "tag", "--run", run.root, "--input", clean, "--output", tmp_path / "clean tags", sets=())
 
     # four documents of four kinds, found by two stages: they alone are missing, and every byte is the same
-    said = tagmill(tmp_path, "fit", "--input", poisoned, "--run", tmp_path / "run", sets=(*SETS, *LIMITS), POISON="1")
+    said = tagmill(
+        tmp_path, "fit", "--input", poisoned, "--run", tmp_path / "run", sets=(*SETS, *LIMITS), patch="documents"
+    )
     bad = Run(tmp_path / "run")
     listed = json.loads((bad.root / "quarantine.json").read_text())["documents"]
     assert {v["doc_id"]: v["reason"] for v in listed} == REASONS
@@ -92,7 +105,7 @@ def test_fit_and_tag(toy, tmp_path):
 
     # and documents that come to a finished model
     out = tmp_path / "tags"
-    tagmill(tmp_path, "tag", "--run", bad.root, "--input", poisoned, "--output", out, sets=LIMITS, POISON="1")
+    tagmill(tmp_path, "tag", "--run", bad.root, "--input", poisoned, "--output", out, sets=LIMITS, patch="documents")
     card = json.loads((out / "_MANIFEST.json").read_text())
     assert {v["doc_id"]: v["reason"] for v in card["quarantine"]} == REASONS
     assert (card["records"], card["accepted"]) == (44, 40)
