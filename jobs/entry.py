@@ -109,20 +109,23 @@ class Job:
                 if files is None:
                     found[stage.name] = self.run.finished(stage.name)["recipe"]
                     continue
-                digests = sorted(digest for _, _, digest in files)
-                inputs = {"files": digests}
-                if convicted := poison.listed(self.run, poison.mark_of(digests, code_version())):
-                    inputs["quarantine"] = poison.decisive(convicted)
-            recipe = {
+                inputs = {"files": sorted(digest for _, _, digest in files)}
+            recipe: dict = {
                 "stage": stage.name,
                 "settings": {**stage_settings(stage.name, self.cfg), **self._contents(stage.name)},
                 "inputs": inputs,
                 "code": code_version(),
             }
+            if stage.name == "ingest" and (convicted := self.convicted(recipe)):
+                recipe["quarantine"] = poison.decisive(convicted)
             if stage.name == "calibrate" and self.version:
                 recipe = self._of_version(recipe)
             found[stage.name] = self._with_refits(recipe) if stage.name == "train" else recipe
         return found
+
+    def convicted(self, recipe: dict) -> list[dict]:
+        """The documents that ingest is to reject."""
+        return poison.listed(self.run, poison.mark_of(recipe["inputs"]["files"], recipe["code"]))
 
     def _of_version(self, recipe: dict) -> dict:
         """The recipe of the version that is put back.  Raises ConfigError where its thresholds are of other models."""
@@ -420,12 +423,9 @@ def _what_differs(before, after):
         if old != new:
             parts.append(f"{key} = {old!r} (now {new!r})")
     if before["inputs"] != after["inputs"]:
-        mine = (
-            "another quarantine.json"
-            if before["inputs"].get("files") == after["inputs"].get("files")
-            else "other input"
-        )
-        parts.append(mine if after["stage"] == "ingest" else "other upstream tables")
+        parts.append("other input" if after["stage"] == "ingest" else "other upstream tables")
+    if before.get("quarantine") != after.get("quarantine"):
+        parts.append("another quarantine.json")
     if before["code"] != after["code"]:
         parts.append(f"another version of the code or of its numeric packages ({before['code']}, now {after['code']})")
     return ", ".join(parts) or "another recipe"
@@ -476,7 +476,7 @@ def run_stage(
             attempt,
             job.cfg,
             True,
-            poison.listed(run, poison.mark_of(recipe["inputs"].get("files", ()), recipe["code"])),
+            job.convicted(recipe),
         ),
         "calibrate": lambda: (None, run, attempt, job.cfg),
         "train": lambda: (

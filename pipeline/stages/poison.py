@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.errors import InputError, shown
 from pipeline.host import shown_bytes
@@ -51,6 +52,10 @@ class Limits(NamedTuple):
     seconds: float
     memory: int  # bytes on top of what the process has mapped; 0: no limit
 
+    def of_text(self, size: int) -> "Limits":
+        """With the seconds of each MB that is begun: a long text may take long."""
+        return self._replace(seconds=self.seconds * max(1, -(-size // 1_000_000)))
+
 
 class Death(NamedTuple):
     """How a child process ended."""
@@ -68,7 +73,7 @@ class Guard(NamedTuple):
 
     stage: str
     folder: str  # of the attempt: verdicts go there
-    limits: Limits
+    limits: Limits  # of one MB of text
 
     @classmethod
     def of(cls, stage: str, attempt: Path, spark) -> "Guard":
@@ -87,13 +92,15 @@ class Guard(NamedTuple):
             if attempt:
                 batch = self.screened(batch, work)
             # a batch may need more time or memory than any of its documents: it gets that the next time
-            with bounded(Limits(self.limits.seconds * 2**attempt, 0 if attempt else self.limits.memory)):
+            limits = self.limits.of_text(int(_sizes(batch).sum()))
+            with bounded(Limits(limits.seconds * 2**attempt, 0 if attempt else limits.memory)):
                 result = work(batch)
             yield result
 
     def screened(self, batch: pa.Table, work: Callable[[pa.Table], Any]) -> pa.Table:
         """The batch without the documents that fail alone, which are written down."""
-        if isolated(range(1), lambda _: work(batch), self.limits) is None:
+        size = _sizes(batch)
+        if isolated(range(1), lambda _: work(batch), self.limits.of_text(int(size.sum()))) is None:
             return batch
 
         def one(row):
@@ -102,21 +109,24 @@ class Guard(NamedTuple):
         guilty = np.zeros(batch.num_rows, bool)
         rows = range(batch.num_rows)
         while rows and guilty.sum() < MOST:
-            death = isolated(rows, one, self.limits)
+            death = isolated(rows, one, self.limits.of_text(int(size.max())))
             if death is None:
                 break
-            verdict = alone(death.item, one, self.limits)
+            verdict = alone(death.item, one, self.limits.of_text(int(size[death.item])))
             if verdict:
                 guilty[death.item] = True
-                self._write_down(batch.slice(death.item, 1).to_pylist()[0], verdict)
+                self._write_down(batch["doc_id"][death.item].as_py(), int(size[death.item]), verdict)
             rows = range(death.item + 1, batch.num_rows)
         return batch.filter(pa.array(~guilty)).combine_chunks()
 
-    def _write_down(self, document, verdict):
-        doc_id = document["doc_id"]
+    def _write_down(self, doc_id, size, verdict):
         name = hashlib.sha256(doc_id.encode()).hexdigest()[:32]
-        facts = {"doc_id": doc_id, "stage": self.stage, "text_bytes": len(document["text"].encode())}
+        facts = {"doc_id": doc_id, "stage": self.stage, "text_bytes": size}
         write_json(Path(self.folder) / f"{VERDICT}{name}.json", {**facts, **verdict})
+
+
+def _sizes(batch):
+    return pc.binary_length(batch["text"]).to_numpy().astype(np.int64)
 
 
 def _attempt() -> int | None:

@@ -372,17 +372,17 @@ def test_convicted_documents_are_part_of_the_recipe_of_ingest(job):
     verdict = {"doc_id": "d7", "reason": "oom", "stage": "split", "what": "", "seconds": 1.0}
     poison.grown(job.run, mark, [verdict])
     after = job.recipes(FILES)
-    assert after["ingest"]["inputs"]["quarantine"] == [["d7", "oom"]]
+    assert after["ingest"]["quarantine"] == [["d7", "oom"]]
     assert all(before[name] != mark for name, mark in marks(job).items())
     poison.grown(job.run, mark, [{**verdict, "seconds": 2.0}])  # measured anew, the same result
     assert job.recipes(FILES) == after
-    assert "quarantine" not in job.recipes(FILES[:1])["ingest"]["inputs"]  # a mended input begins without
+    assert "quarantine" not in job.recipes(FILES[:1])["ingest"]  # a mended input begins without
 
 
 def test_another_list_is_told_from_another_input(job):
     before, after = job.recipes(FILES)["ingest"], job.recipes(FILES[:1])["ingest"]
     assert entry._what_differs(before, after) == "other input"
-    listed = {**before, "inputs": {**before["inputs"], "quarantine": [["d7", "oom"]]}}
+    listed = {**before, "quarantine": [["d7", "oom"]]}
     assert entry._what_differs(listed, before) == "another quarantine.json"
 
 
@@ -393,7 +393,7 @@ class Stages:
         self.job, self.convicts, self.ran = job, convicts, []
 
     def __call__(self, job, stage, recipe, plan, grow):
-        self.ran.append((stage.name, [v[0] for v in recipe["inputs"].get("quarantine", [])]))
+        self.ran.append((stage.name, [v[0] for v in recipe.get("quarantine", [])]))
         return [
             {"doc_id": d, "reason": "oom", "stage": stage.name, "what": ""} for d in self.convicts.pop(stage.name, ())
         ]
@@ -433,12 +433,16 @@ def test_a_stage_by_itself_begins_again_at_ingest_and_ends_with_itself(staged, t
 def test_convictions_without_end_end_the_run(staged, monkeypatch):
     monkeypatch.setattr(poison, "ROUNDS", 3)
 
+    rounds = []
+
     class Endless(dict):
         def pop(self, stage, default):
-            return ["d7\n"] if stage == "split" else default
+            rounds.extend(["d7\n"] if stage == "split" else [])
+            return rounds[-1:] if stage == "split" else default
 
     with pytest.raises(errors.DataError, match=r"3 times in a row, last d7\\n oom .*remove them from the input"):
         staged(Endless())
+    assert len(rounds) == 3
 
 
 def test_a_single_stage_builds_on_what_was_ingested(job):

@@ -197,6 +197,21 @@ def test_a_batch_that_fails_as_a_whole_convicts_nobody(guard, attempted, tmp_pat
     assert poison.judged(tmp_path, lambda: "outcome") == ("outcome", [])
 
 
+def test_a_document_that_dies_after_others_and_not_alone_is_innocent(guard, attempted, tmp_path):
+    attempted(1)
+    parent, before = os.getpid(), []
+
+    def work(batch):
+        if os.getpid() != parent:
+            before.append(batch)
+            if batch.num_rows > 1 or len(before) > 3:
+                os.abort()
+        return texts(batch)
+
+    assert list(guard.over([BATCH], work)) == [texts(BATCH)]
+    assert poison.judged(tmp_path, lambda: "outcome") == ("outcome", [])
+
+
 def test_work_that_fails_on_a_harmless_document_is_a_bug_and_no_verdict(guard, attempted, tmp_path):
     attempted(1)
     with pytest.raises(ValueError):
@@ -213,6 +228,25 @@ def test_a_later_attempt_has_more_time_and_memory(guard, attempted, monkeypatch)
     assert seen == [LIMITS, *(Limits(20.0 * 2**n, 0) for n in (1, 2, 3))]
 
 
+def test_a_long_text_has_the_time_of_each_mb_that_it_begins(guard, attempted, monkeypatch):
+    assert [LIMITS.of_text(size).seconds for size in (0, 1_000_000, 1_000_001, 20_000_000)] == [20, 20, 40, 400]
+    attempted(1)
+    seen = []
+
+    def noted(items, work, limits):
+        seen.append((len(items), limits.seconds))
+        return isolated(items, work, limits)
+
+    def work(batch):
+        if "x" in batch["text"][-1].as_py():
+            raise ValueError
+
+    monkeypatch.setattr(poison, "isolated", noted)
+    batch = pa.table({"doc_id": ["a", "b", "c"], "text": ["a" * 1_500_000, "b" * 2_500_000, "x"]})
+    assert guard.screened(batch, work)["doc_id"].to_pylist() == ["a", "b"]
+    assert seen == [(1, 100.0), (3, 60.0), (1, 20.0)]  # the batch, each of its documents, the last one alone
+
+
 def test_what_one_round_convicts_is_bounded(guard, attempted, monkeypatch):
     attempted(1)
     monkeypatch.setattr(poison, "MOST", 2)
@@ -223,7 +257,7 @@ def test_what_one_round_convicts_is_bounded(guard, attempted, monkeypatch):
 def test_an_error_of_the_stage_is_told_unless_documents_are_convicted(guard, tmp_path):
     with pytest.raises(ValueError):
         poison.judged(tmp_path, fail)
-    guard._write_down({"doc_id": "../é", "text": "é"}, {"reason": "oom"})
+    guard._write_down("../é", 2, {"reason": "oom"})
     outcome, [verdict] = poison.judged(tmp_path, fail)
     assert outcome is None
     assert verdict == {"doc_id": "../é", "reason": "oom", "stage": "featurize", "text_bytes": 2}
@@ -267,6 +301,6 @@ def test_what_is_told_is_bounded_and_cannot_forge_a_line():
 
 
 def test_a_verdict_is_json_that_is_written_whole(guard, tmp_path):
-    guard._write_down({"doc_id": "d1", "text": ""}, {"reason": "oom"})
+    guard._write_down("d1", 0, {"reason": "oom"})
     [path] = tmp_path.iterdir()
     assert json.loads(path.read_text())["doc_id"] == "d1"
