@@ -6,6 +6,7 @@ the end and is kept when the work is interrupted, so that the same command goes 
 
 import ctypes
 import errno
+import functools
 import glob
 import hashlib
 import json
@@ -19,10 +20,11 @@ from jobs.entry import Job, code_version, stage_settings
 from jobs.meter import Meter
 from jobs.progress import watching
 from pipeline.config import Config
-from pipeline.errors import ConfigError, InputError
+from pipeline.errors import ConfigError, DataError, InputError
 from pipeline.flow import FIT
 from pipeline.sources import refuse_changed
 from pipeline.stages import ingest as ingesting
+from pipeline.stages import poison
 from pipeline.stages import tag as tagging
 from pipeline.store import Run, digest, explained, fingerprint, sync_file, sync_folder, write_json
 
@@ -127,21 +129,26 @@ def _tag(job, plan, source, settings, recipe, out):
     work, cfg = job.run, job.cfg
     mark = fingerprint(recipe)
     with Meter() as meter:
-        ingest_recipe = {"files": recipe["files"], "settings": recipe["settings"], "code": recipe["code"]}
-        manifest = work.manifest("ingest")
-        if not manifest or manifest["fingerprint"] != fingerprint(ingest_recipe) or work.damage("ingest"):
-            attempt = work.attempt("ingest")
-            with watching(job.spark.sparkContext, "ingest"):
-                rows = inputs.exported(plan, cfg, job.spark, work, need_labels=False)
-                outcome = ingesting.ingest(job.spark, rows, attempt, cfg, need_labels=False)
-                refuse_changed(plan)
-            manifest = work.commit("ingest", attempt, ingest_recipe, outcome.tables, outcome.facts)
-        log.info("ingest: %s", ingesting.summary(manifest, manifest["rows"]))
-        result = work.root / "result"
-        shutil.rmtree(result, ignore_errors=True)
-        result.mkdir(mode=0o750)
-        with watching(job.spark.sparkContext, "tag"):
-            outcome = tagging.tag(job.spark, work.files("documents"), result, source, settings, mark)
+        input_mark = poison.mark_of(recipe["files"], recipe["code"])
+        convicted = poison.listed(work, input_mark)
+        for _ in range(poison.ROUNDS):
+            manifest = _ingested(job, plan, recipe, convicted)
+            log.info("ingest: %s", ingesting.summary(manifest, manifest["rows"]))
+            result = work.root / "result"
+            shutil.rmtree(result, ignore_errors=True)
+            result.mkdir(mode=0o750)
+            guard = poison.Guard.of("tag", result, cfg.spark)
+            tagged = functools.partial(
+                tagging.tag, job.spark, work.files("documents"), result, source, settings, mark, guard
+            )
+            with watching(job.spark.sparkContext, "tag"):
+                outcome, found = poison.judged(result, tagged)
+            if outcome is not None:
+                break
+            log.warning("tag: quarantined, and begun again at ingest: %s", poison.told(found))
+            convicted = poison.grown(work, input_mark, found)
+        else:
+            raise DataError(poison.too_often(work, found))
         rejects = result / "_rejects"
         rejects.mkdir()
         for path in work.files("rejects"):
@@ -157,6 +164,7 @@ def _tag(job, plan, source, settings, recipe, out):
         "records": manifest["records"],
         "accepted": manifest["accepted"],
         "rejected": manifest["rejected"],
+        "quarantine": convicted,
         **outcome.facts,
         **meter.facts(),
         "summary": tagging.summary(outcome.facts, rows),
@@ -166,6 +174,23 @@ def _tag(job, plan, source, settings, recipe, out):
     write_json(result / CARD, card)
     sync_folder(result)
     return card
+
+
+def _ingested(job, plan, recipe, convicted):
+    """The manifest of the documents without the convicted ones; they are read again where it is of others."""
+    work, cfg = job.run, job.cfg
+    recipe = {key: recipe[key] for key in ("files", "settings", "code")}
+    if convicted:
+        recipe["quarantine"] = poison.decisive(convicted)
+    manifest = work.manifest("ingest")
+    if manifest and manifest["fingerprint"] == fingerprint(recipe) and not work.damage("ingest"):
+        return manifest
+    attempt = work.attempt("ingest")
+    with watching(job.spark.sparkContext, "ingest"):
+        rows = inputs.exported(plan, cfg, job.spark, work, need_labels=False)
+        outcome = ingesting.ingest(job.spark, rows, attempt, cfg, False, convicted)
+        refuse_changed(plan)
+    return work.commit("ingest", attempt, recipe, outcome.tables, outcome.facts)
 
 
 def _publish(result, out):

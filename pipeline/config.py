@@ -276,6 +276,14 @@ class SparkConfig(Section):
     )
     wait: PositiveInt = Field(300, le=86_400, description="seconds for the first executor of a cluster to start")
     cache_dir: str = Field("", description="host folder of the shared feature matrix; empty: the temporary folder")
+    document_seconds: PositiveFloat = Field(
+        60, le=86_400, description="seconds for each MB of text begun; a document that takes longer alone is rejected"
+    )
+    document_gb: PositiveFloat = Field(
+        4.0,
+        le=1_000,
+        description="GB of memory beside what a worker holds; a document that takes more alone is rejected",
+    )
     options: dict[str, str] = Field(default_factory=dict, description="further Spark settings, spark.* keys")
 
     @field_validator("master")

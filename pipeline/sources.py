@@ -202,7 +202,7 @@ def refuse_changed(plan: Plan) -> None:
             continue
         try:
             with open(path, "rb") as file:
-                now = hashlib.file_digest(file, "sha256").hexdigest()
+                now = _digest(file)
         except OSError as error:
             raise _in_our_words(path, error) from error
         if now != mark:

@@ -5,6 +5,7 @@
     RUN/<stage>/<attempt>/<table>-00000.parquet
     RUN/<stage>/MANIFEST.json                  which files count: written last, atomically
     RUN/failure.json                           why the last command stopped, if it did
+    RUN/quarantine.json                        documents that ended a worker (`stages.poison`); ingest rejects them
     RUN/scores/<key>/scores-00000.npy          scores of the test fold; may be deleted (`stages.scores`)
     RUN/versions/0001/                         earlier thresholds with their metrics (`versions`)
     RUN/metrics.json, RUN/report.html          copies for people, published with the manifest of `evaluate`

@@ -14,10 +14,13 @@ import pyarrow.parquet as pq
 
 from pipeline.learners.tagger import Tagger, Weights
 from pipeline.stages.parts import Outcome, decision_of, rules_of, run_tasks
+from pipeline.stages.poison import Guard
 from pipeline.store import Run, write_part
 
 
-def tag(spark, documents: list[Path], attempt: Path, source: dict, settings: dict, identity: str) -> Outcome:
+def tag(
+    spark, documents: list[Path], attempt: Path, source: dict, settings: dict, identity: str, guard: Guard
+) -> Outcome:
     """Tag every document.
 
     Args:
@@ -25,8 +28,9 @@ def tag(spark, documents: list[Path], attempt: Path, source: dict, settings: dic
         source: where the fitted tagger is: {"run": folder} or {"bundle": folder of `Tagger.save`}.
         settings: of `Tagger`; for a bundle only max_tags is taken, and only where it is set.
         identity: changes with the tagger; workers that live on between jobs keep the last one they loaded.
+        guard: writes down which documents crash, hang or exhaust a worker.
     """
-    shared = (source, tuple(sorted(settings.items())), identity)
+    shared = (source, tuple(sorted(settings.items())), identity, guard)
     done = run_tasks(
         spark,
         "tag: score the documents",
@@ -69,12 +73,13 @@ def _tagger(source, settings, identity):
 
 
 def _tag_part(shared, task):
-    (source, settings, identity), (path, attempt, number) = shared, task
+    (source, settings, identity, guard), (path, attempt, number) = shared, task
     tagger = _tagger(next(iter(source.items())), settings, identity)
     totals = [0, 0, 0]
 
     def rows():
-        for tags, empty in tagger.tag_batches(pq.read_table(path, columns=["doc_id", "text"])):
+        documents = tagger.batches(pq.read_table(path, columns=["doc_id", "text"]))
+        for tags, empty in guard.over(documents, tagger.tag_batch):
             lengths = pa.compute.list_value_length(tags["tags"])
             totals[0] += pa.compute.sum(lengths).as_py() or 0
             totals[1] += pa.compute.sum(pa.compute.equal(lengths, 0)).as_py() or 0
