@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import logging
@@ -25,6 +26,7 @@ from pipeline.code import code_version
 from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError, TagmillError, shown
 from pipeline.flow import FIT, Stage, upstream
+from pipeline.stages import poison
 from pipeline.storage import digest, explained
 from pipeline.store import FAILURE, Run, fingerprint, stages_done, write_json
 
@@ -109,16 +111,22 @@ class Job:
                     found[stage.name] = self.run.finished(stage.name)["recipe"]
                     continue
                 inputs = {"files": sorted(digest for _, _, digest in files)}
-            recipe = {
+            recipe: dict = {
                 "stage": stage.name,
                 "settings": {**stage_settings(stage.name, self.cfg), **self._contents(stage.name)},
                 "inputs": inputs,
                 "code": code_version(),
             }
+            if stage.name == "ingest" and (convicted := self.convicted(recipe)):
+                recipe["quarantine"] = poison.decisive(convicted)
             if stage.name == "calibrate" and self.version:
                 recipe = self._of_version(recipe)
             found[stage.name] = self._with_refits(recipe) if stage.name == "train" else recipe
         return found
+
+    def convicted(self, recipe: dict) -> list[dict]:
+        """The documents that ingest is to reject."""
+        return poison.listed(self.run, poison.mark_of(recipe["inputs"]["files"], recipe["code"]))
 
     def _of_version(self, recipe: dict) -> dict:
         """The recipe of the version that is put back.  Raises ConfigError where its thresholds are of other models."""
@@ -222,12 +230,39 @@ def fit(
             if job.version and not _current(run, "calibrate", recipes["calibrate"]):
                 versions.put_back(run, job.version)
             (run.root / FAILURE).unlink(missing_ok=True)
-            for stage in stages:
-                with _failure_kept(run, stage.name):
-                    run_stage(job, stage, recipes[stage.name], plan, grow)
+            for _ in range(poison.ROUNDS):
+                found = _run_stages(job, stages, recipes, plan, grow)
+                if not found:
+                    return run
+                plan = plan or inputs.planned(input_path, cfg, job.spark)
+                recipes = _without(job, found, plan)
+                if grow is not None:
+                    grow = _growth(job, recipes, labels)
+                stages = list(FIT[: FIT.index(stages[-1]) + 1])
+            raise errors.DataError(poison.too_often(run, found))
         finally:
             job.stop()
-    return run
+
+
+def _run_stages(job, stages, recipes, plan, grow):
+    """The verdicts of the first stage that convicts documents, which nothing comes after; none where all are done."""
+    for stage in stages:
+        with _failure_kept(job.run, stage.name):
+            if found := run_stage(job, stage, recipes[stage.name], plan, grow):
+                log.warning("%s: quarantined, and begun again at ingest: %s", stage.name, poison.told(found))
+                return found
+    return []
+
+
+def _without(job, found, plan):
+    """Put documents on the list of the run; the recipes that follow from it."""
+    run = job.run
+    if run.manifest("evaluate"):
+        versions.keep(run)
+    # killed in between, the run finds them again; the other way round it would be one of another input
+    run.drop(from_on("ingest"))
+    poison.grown(run, poison.mark_of((digest for _, _, digest in plan.files), code_version()), found)
+    return job.recipes(plan.files)
 
 
 @contextlib.contextmanager
@@ -391,6 +426,8 @@ def _what_differs(before, after):
             parts.append(f"{key} = {old!r} (now {new!r})")
     if before["inputs"] != after["inputs"]:
         parts.append("other input" if after["stage"] == "ingest" else "other upstream tables")
+    if before.get("quarantine") != after.get("quarantine"):
+        parts.append("another quarantine.json")
     if before["code"] != after["code"]:
         parts.append(f"another version of the code or of its numeric packages ({before['code']}, now {after['code']})")
     return ", ".join(parts) or "another recipe"
@@ -398,8 +435,11 @@ def _what_differs(before, after):
 
 def run_stage(
     job: Job, stage: Stage, recipe: dict, plan: sources.Plan | None = None, grow: list[str] | None = None
-) -> None:
-    """One stage: skip it where it is current and whole, else compute, measure and publish it."""
+) -> list[dict]:
+    """One stage: skip it where it is current and whole, else compute, measure and publish it.
+
+    Returns the verdicts of documents that it convicted; nothing is published then.
+    """
     from jobs.meter import Meter
     from jobs.progress import Repeated, watching
 
@@ -419,11 +459,11 @@ def run_stage(
             if stage.name == "evaluate":
                 _publish(run)
             log.info("%s: up to date (%s)", stage.name, manifest["summary"])
-            return
+            return []
         log.warning("%s: %s; computed again", stage.name, damage)
     if stage.name == "register":
         _register(job, recipe)
-        return
+        return []
     growing = grow is not None and stage.name == "train"
     if growing:
         _refuse_unknown_labels(run, grow)
@@ -437,6 +477,8 @@ def run_stage(
             inputs.exported(plan or sources.Plan((), (), ()), job.cfg, job.spark, run),
             attempt,
             job.cfg,
+            True,
+            job.convicted(recipe),
         ),
         "calibrate": lambda: (None, run, attempt, job.cfg),
         "train": lambda: (
@@ -455,7 +497,13 @@ def run_stage(
         watching(context, stage.name),
         explained(attempt, "write to"),
     ):
-        outcome = getattr(module, "refit" if growing else stage.name)(*arguments)
+        outcome, found = poison.judged(
+            attempt, functools.partial(getattr(module, "refit" if growing else stage.name), *arguments)
+        )
+        if plan and stage.name == "ingest":
+            sources.refuse_changed(plan)
+    if outcome is None:
+        return found
     rows = {name: sum(item["rows"] for item in items) for name, items in outcome.tables.items()}
     again = repeated.count()
     summary = module.summary(outcome.facts, rows) + (f"; {again} tasks begun again after a loss" if again else "")
@@ -472,6 +520,7 @@ def run_stage(
     if stage.name == "evaluate":
         _publish(run)
     log.info("%s: %s, %.1f s", stage.name, summary, meter.seconds)
+    return []
 
 
 def _matrix_key(run, recipe):
@@ -528,7 +577,8 @@ def guarded(function: Callable[[], object], debug: bool = False) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup asks for it
             signal.signal(number, terminate)
     try:
-        function()
+        with _no_signal_lost():
+            function()
         print(end="", flush=True)  # the reader of a short output may have left, and nothing was written before
     except Terminated:
         _stop(children() - before)
@@ -550,6 +600,33 @@ def guarded(function: Callable[[], object], debug: bool = False) -> int:
         print(f"tagmill: {one_line(known)}", file=sys.stderr)
         return known.code
     return 0
+
+
+@contextlib.contextmanager
+def _no_signal_lost():
+    """What a handler raises in a destructor or a callback of the collector is dropped by Python: raise it again."""
+    before, waiting = sys.unraisablehook, []
+
+    def again(dropped):
+        kind = dropped.exc_type
+        if kind not in (Terminated, KeyboardInterrupt):
+            return before(dropped)
+
+        def late(number, frame):
+            raise kind
+
+        # raised here it would be dropped as well
+        waiting.append(kind)
+        signal.signal(signal.SIGALRM, late)
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        if waiting:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def children() -> set[psutil.Process]:
@@ -598,9 +675,9 @@ def translated(error: BaseException) -> TagmillError | None:
     family = getattr(errors, match[1], None) if match else None
     if match and isinstance(family, type):
         return family(match[2].strip())
-    match = re.search(
-        r"(?:OSError|PermissionError|FileNotFoundError): \[Errno (\d+)\] ([^:\n]+)(?:: '([^'\n]+)')?", text
-    )
+    # Arrow's reason has colons of its own, and a rename names two paths
+    system = r"\w+Error: \[Errno (\d+)\] ([^\n]+?)(?:: '([^'\n]+)'(?: -> '[^'\n]+')?)?\s*$"
+    match = re.search(system, text, re.MULTILINE)
     if match:
         return translated(OSError(int(match[1]), match[2], match[3]))
     if "SparkContext was shut down" in text or "Answer from Java side is empty" in text:
@@ -646,8 +723,10 @@ def logging_to_stderr(debug: bool = False) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for name in ("tagmill", "pipeline"):
         logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.INFO)
-    for name in ("py4j", "mlflow", "alembic", "numba"):
+    for name in ("mlflow", "alembic", "numba"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # what it logs with a traceback it raises too: a signal in the middle of a call is told by the last line
+    logging.getLogger("py4j").setLevel(logging.ERROR if debug else logging.CRITICAL)
 
 
 class _OneLine(logging.Formatter):

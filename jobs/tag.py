@@ -6,6 +6,9 @@ nothing can be renamed: the objects are copied and the manifest `_MANIFEST.json`
 not finished.
 """
 
+import ctypes
+import errno
+import functools
 import glob
 import hashlib
 import json
@@ -20,12 +23,14 @@ from jobs.entry import Job, code_version, stage_settings
 from jobs.meter import Meter
 from jobs.progress import watching
 from pipeline.config import Config
-from pipeline.errors import ConfigError, InputError, shown
+from pipeline.errors import ConfigError, DataError, InputError, shown
 from pipeline.flow import FIT
 from pipeline.lease import FOLDER
+from pipeline.sources import refuse_changed
 from pipeline.stages import ingest as ingesting
+from pipeline.stages import poison
 from pipeline.stages import tag as tagging
-from pipeline.storage import ObjectPath, digest, explained, link, place, remove, shipped, sync_folder
+from pipeline.storage import ObjectPath, copy, digest, explained, place, remove, shipped, sync_folder
 from pipeline.store import Run, fingerprint, write_json
 
 log = logging.getLogger("tagmill")
@@ -138,26 +143,30 @@ def _tag(job, plan, source, settings, recipe):
     work, cfg = job.run, job.cfg
     mark = fingerprint(recipe)
     with Meter() as meter:
-        ingest_recipe = {"files": recipe["files"], "settings": recipe["settings"], "code": recipe["code"]}
-        manifest = work.manifest("ingest")
-        if not manifest or manifest["fingerprint"] != fingerprint(ingest_recipe) or work.damage("ingest"):
-            attempt = work.attempt("ingest")
-            with watching(job.spark.sparkContext, "ingest"):
-                rows = inputs.exported(plan, cfg, job.spark, work, need_labels=False)
-                outcome = ingesting.ingest(job.spark, rows, attempt, cfg, need_labels=False)
-            manifest = work.commit("ingest", attempt, ingest_recipe, outcome.tables, outcome.facts)
-        log.info("ingest: %s", ingesting.summary(manifest, manifest["rows"]))
-        result = work.root / "result"
-        remove(result)
-        result.mkdir(mode=0o750)
-        with watching(job.spark.sparkContext, "tag"):
-            outcome = tagging.tag(
-                job.spark, work.files("documents"), result, source, settings, mark, cfg.spark.cache_dir
-            )
+        input_mark = poison.mark_of(recipe["files"], recipe["code"])
+        convicted = poison.listed(work, input_mark)
+        for _ in range(poison.ROUNDS):
+            manifest = _ingested(job, plan, recipe, convicted)
+            log.info("ingest: %s", ingesting.summary(manifest, manifest["rows"]))
+            result = work.root / "result"
+            remove(result)
+            result.mkdir(mode=0o750)
+            guard = poison.Guard.of("tag", result, cfg.spark)
+            documents, cache = work.files("documents"), cfg.spark.cache_dir
+            tagged = functools.partial(tagging.tag, job.spark, documents, result, source, settings, mark, guard, cache)
+            with watching(job.spark.sparkContext, "tag"):
+                outcome, found = poison.judged(result, tagged)
+            if outcome is not None:
+                break
+            log.warning("tag: quarantined, and begun again at ingest: %s", poison.told(found))
+            convicted = poison.grown(work, input_mark, found)
+        else:
+            raise DataError(poison.too_often(work, found))
         rejects = result / "_rejects"
         rejects.mkdir()
         for path in work.files("rejects"):
-            link(path, rejects / path.name)
+            copy(path, rejects / path.name)
+        sync_folder(rejects)
     rows = {"tags": sum(item["rows"] for item in outcome.tables["tags"])}
     card = {
         "fingerprint": mark,
@@ -167,6 +176,7 @@ def _tag(job, plan, source, settings, recipe):
         "records": manifest["records"],
         "accepted": manifest["accepted"],
         "rejected": manifest["rejected"],
+        "quarantine": convicted,
         **outcome.facts,
         **meter.facts(),
         "summary": tagging.summary(outcome.facts, rows),
@@ -180,7 +190,7 @@ def _tag(job, plan, source, settings, recipe):
 
 def _clear(work):
     """Remove the work; of an object store all but the lease, whose number must not be given again."""
-    remove(work.root, keep=(FOLDER,) if isinstance(work.root, ObjectPath) else ())
+    remove(work.root, keep=(FOLDER,) if isinstance(work.root, ObjectPath) else (), strict=True)
 
 
 def _published_in_part(work, mark):
@@ -203,36 +213,74 @@ def _copy_to(work, out, card):
         if path.name != "_rejects" and str(path.relative_to(out)) not in names:
             remove(path, strict=True)  # a reader would take it for tags
     for name in names:
-        link(result / name, out / name)
+        copy(result / name, out / name)
     work.fenced()
-    link(result / CARD, out / CARD)
+    copy(result / CARD, out / CARD)
+
+
+def _ingested(job, plan, recipe, convicted):
+    """The manifest of the documents without the convicted ones; they are read again where it is of others."""
+    work, cfg = job.run, job.cfg
+    recipe = {key: recipe[key] for key in ("files", "settings", "code")}
+    if convicted:
+        recipe["quarantine"] = poison.decisive(convicted)
+    manifest = work.manifest("ingest")
+    if manifest and manifest["fingerprint"] == fingerprint(recipe) and not work.damage("ingest"):
+        return manifest
+    attempt = work.attempt("ingest")
+    with watching(job.spark.sparkContext, "ingest"):
+        rows = inputs.exported(plan, cfg, job.spark, work, need_labels=False)
+        outcome = ingesting.ingest(job.spark, rows, attempt, cfg, False, convicted)
+        refuse_changed(plan)
+    return work.commit("ingest", attempt, recipe, outcome.tables, outcome.facts)
 
 
 def _publish(work, out, card):
-    """Give the finished folder its name in one rename; an older one steps aside first."""
+    """Give the finished folder its name in one step; an older one takes the place of `result`, or steps aside first."""
     if isinstance(out, ObjectPath):
         _copy_to(work, out, card)
         return
     result = work.root / "result"
-    if out.exists():
+    if not out.exists():
+        os.rename(result, out)
+    elif not _exchanged(result, out):
         aside = out.with_name(f".{out.name}.{hashlib.sha256(os.urandom(8)).hexdigest()[:8]}.old")
         os.rename(out, aside)
         os.rename(result, out)
-        if aside.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            aside.unlink()
-    else:
-        os.rename(result, out)
+        _remove(aside)
     sync_folder(out.parent)
 
 
+def _exchanged(one, other):
+    """Swap two names in one step; False where the system or the file system cannot."""
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if swap is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def _remove(aside):
+    if aside.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        aside.unlink()
+
+
 def _recover(out):
-    """Put back an older output that a killed replacement had set aside."""
-    if not isinstance(out, ObjectPath) and not out.exists():
-        for aside in sorted(out.parent.glob(f".{glob.escape(out.name)}.*.old")):
+    """Put back an older output that a killed replacement had set aside; what it had replaced already is removed."""
+    if isinstance(out, ObjectPath):
+        return
+    for aside in sorted(out.parent.glob(f".{glob.escape(out.name)}.{'[0-9a-f]' * 8}.old")):
+        if out.exists():
+            _remove(aside)
+        else:
             os.rename(aside, out)
-            return
 
 
 def _whole(out, card):

@@ -251,6 +251,16 @@ def explained(path: object, what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def named(path: object) -> Iterator[None]:
+    """The system does not say the name of an open file that it cannot read or write."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def _answers(path: ObjectPath, what: str) -> Iterator[None]:
     """Turn the refusals of a store into our errors; FileNotFoundError stays, and names the path."""
     try:
@@ -338,10 +348,13 @@ def replacing(path: Any) -> Iterator[Path]:
         return
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        yield part
-        sync_file(part)
-        os.replace(part, path)
-        sync_folder(path.parent)
+        with named(path):
+            # nobody else's business, and no link that waits under this name is followed
+            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640))
+            yield part
+            sync_file(part)
+            os.replace(part, path)
+            sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -372,7 +385,8 @@ def appearing(folder: Any, last: str) -> Iterator[Path]:
     for path in part.iterdir():
         sync_file(path)
     os.rename(part, folder)
-    sync_folder(folder.parent)
+    for above in (folder.parent, folder.parent.parent):
+        sync_folder(above)
 
 
 @contextlib.contextmanager
@@ -409,18 +423,26 @@ def on_this_host(path: Any) -> Iterator[Path]:
         yield part
 
 
-def link(path: Any, target: Any) -> None:
-    """Have the content of `path` under `target` too: a link where there are links, else a copy."""
+def copy(path: Any, target: Any) -> None:
+    """Copy a file or an object to another place of the same storage."""
     if isinstance(path, ObjectPath):
         with _answers(target, "write"):
             path.fs.cp_file(path.path, target.path)
+        return
+    shutil.copyfile(path, target)
+    sync_file(target)
+
+
+def link(path: Any, target: Any) -> None:
+    """Have the content of `path` under `target` too: a link where there are links, else a copy."""
+    if isinstance(path, ObjectPath):
+        copy(path, target)
         return
     target.unlink(missing_ok=True)
     try:
         os.link(path, target)
     except OSError:  # a file system without hard links
-        shutil.copyfile(path, target)
-        sync_file(target)
+        copy(path, target)
 
 
 def remove(folder: Any, keep: Sequence[str] = (), strict: bool = False) -> None:
@@ -443,7 +465,7 @@ def remove(folder: Any, keep: Sequence[str] = (), strict: bool = False) -> None:
 
 def digest(path: Any) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    with reading(path), path.open("rb") as file:
+    with reading(path), named(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

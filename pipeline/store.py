@@ -5,6 +5,7 @@
     RUN/<stage>/<attempt>/<table>-00000.parquet
     RUN/<stage>/MANIFEST.json                  which files count: written last, atomically
     RUN/failure.json                           why the last command stopped, if it did
+    RUN/quarantine.json                        documents that ended a worker (`stages.poison`); ingest rejects them
     RUN/scores/<key>/scores-00000.npy          scores of the test fold; may be deleted (`stages.scores`)
     RUN/versions/0001/                         earlier thresholds with their metrics (`versions`)
     RUN/metrics.json, RUN/report.html          copies for people, published with the manifest of `evaluate`
@@ -34,7 +35,7 @@ import pyarrow.parquet as pq
 from pipeline import lease, storage
 from pipeline.errors import ConfigError, DataError, InputError, LockedError, shown
 from pipeline.flow import FIT, stage_of
-from pipeline.storage import Mapped, ObjectPath, Place, digest, explained, replacing, sync_folder
+from pipeline.storage import Mapped, ObjectPath, Place, digest, explained, named, replacing, sync_folder
 from pipeline.tables import TABLES, conform
 
 FORMAT = 1  # of the run folder; a larger number is refused
@@ -115,6 +116,7 @@ class Run:
     def create(self, info: dict) -> None:
         """Write run.json, which makes the folder a run."""
         self.fenced()
+        _drop_unfinished(self.root)
         write_json(self.root / "run.json", {"format": FORMAT, **info})
 
     def prepare(self) -> None:
@@ -163,11 +165,13 @@ class Run:
                         f"{self.root}: locked by {shown(_holder(descriptor), 200)}; wait for it or stop it"
                     ) from None
             since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+            with explained(path, "write to"):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
             yield
         finally:
-            os.close(descriptor)
+            with explained(path, "close"):
+                os.close(descriptor)
 
     def holder(self) -> str | None:
         """Who holds the folder's lock, as text, or None where nobody does."""
@@ -227,7 +231,8 @@ class Run:
         """A folder for an attempt at a stage; a new one where no name is given."""
         folder = self.root / stage / (name or f"attempt-{uuid.uuid4().hex[:12]}")
         with explained(folder, "create"):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o750)
+            for made in (folder.parent, folder):
+                made.mkdir(parents=True, exist_ok=True, mode=0o750)
         return folder
 
     def commit(self, stage: str, attempt: Place, recipe: dict, tables: dict[str, list[dict]], facts: dict) -> dict:
@@ -247,6 +252,8 @@ class Run:
         }
         with explained(self.root / stage, "publish"):
             sync_folder(attempt)
+            sync_folder(self.root)  # which holds the folder of the stage
+            _drop_unfinished(self.root / stage)
             if self.lease is None:
                 write_json(self.root / stage / MANIFEST, manifest)
             else:
@@ -327,6 +334,13 @@ class Run:
         return path
 
 
+def _drop_unfinished(folder):
+    """Remove what a killed writer of `folder` left under temporary names; the caller holds the lock."""
+    if not isinstance(folder, ObjectPath):  # what is not put is not there
+        for part in folder.glob(".*.tmp"):
+            part.unlink(missing_ok=True)
+
+
 def _holder(descriptor):
     return os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "an unknown process"
 
@@ -348,7 +362,8 @@ def _read_parquet(path, columns):
     try:
         if isinstance(path, ObjectPath):
             return storage.read_table(path, columns)
-        return pq.ParquetFile(path).read(columns=columns)
+        with named(path):
+            return pq.ParquetFile(path).read(columns=columns)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
             raise  # the disk's fault, not the file's

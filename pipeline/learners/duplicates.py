@@ -62,7 +62,7 @@ def shingle_sets(documents: pa.Table, similarity: float) -> tuple[Sets, np.ndarr
         indptr, distinct = similar.sets(batch.indptr, batch.hashes)
         parts.append(Sets(batch.rows, batch.doc_ids, batch.identity, batch.keys, np.diff(indptr)))
         held.append(distinct)
-    return _joined(parts, similarity), np.concatenate(held)
+    return joined(parts, similarity), np.concatenate(held)
 
 
 class Compared(NamedTuple):
@@ -76,7 +76,7 @@ class Compared(NamedTuple):
 
 def comparable(parts: list[Sets], similarity: float) -> Compared:
     """The test texts of all parts, in their order."""
-    whole = _joined(parts, similarity)
+    whole = joined(parts, similarity)
     known, place = similar.index(whole.identity, whole.keys, np.cumsum(whole.size) - whole.size, whole.size)
     return Compared(whole.rows, whole.doc_ids, place, known)
 
@@ -127,7 +127,8 @@ def warm_up(lock_folder: Path) -> None:
         nearest(documents, comparable([sets], 0.5).known, held, 0.5)
 
 
-def _joined(parts: list[Sets], similarity: float) -> Sets:
+def joined(parts: list[Sets], similarity: float) -> Sets:
+    """Sets of several batches as one."""
     none = np.empty(0, np.int64)
     no_keys = np.empty((0, similar.bands(similarity)[0]), np.uint64)
     empty = Sets(none, pa.array([], pa.string()), none.astype(np.uint64), no_keys, none)

@@ -230,13 +230,20 @@ class Tagger(NamedTuple):
 
     def tag_batches(self, documents: pa.Table) -> Iterator[tuple[pa.Table, int]]:
         """Tags of slices of `documents` (doc_id, text), and how many of them had no known term."""
+        return map(self.tag_batch, self.batches(documents))
+
+    def batches(self, documents: pa.Table) -> Iterator[pa.Table]:
+        """Slices of `documents` that are scored at once."""
         rows = max(1, SCORES_AT_ONCE // max(1, len(self.labels)))
         for batch in batches(documents):
             for start in range(0, batch.num_rows, rows):
-                part = batch.slice(start, rows).combine_chunks()
-                S, known = self.scores(one_array(part["text"]))
-                lists = tag_lists(S, self.decisions, self.labels, self.settings["max_tags"])
-                yield pa.table([part["doc_id"], lists], schema=TABLES["tags"].schema), int((known == 0).sum())
+                yield batch.slice(start, rows).combine_chunks()
+
+    def tag_batch(self, batch: pa.Table) -> tuple[pa.Table, int]:
+        """Tags of one of them, and how many documents had no known term."""
+        S, known = self.scores(one_array(batch["text"]))
+        lists = tag_lists(S, self.decisions, self.labels, self.settings["max_tags"])
+        return pa.table([batch["doc_id"], lists], schema=TABLES["tags"].schema), int((known == 0).sum())
 
 
 def tag_lists(S: np.ndarray, decisions: Decisions, labels: list[str], max_tags: int = 0) -> pa.Array:

@@ -16,6 +16,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.kernels.text import smooth_idf
 from pipeline.learners.vectorizer import Vocabulary, batches, count_documents, one_array, vectorize
 from pipeline.stages.parts import Outcome, map_tasks, run_tasks
+from pipeline.stages.poison import Guard
 from pipeline.storage import Place, place, read_table
 from pipeline.store import Run, write_part
 from pipeline.tables import TABLES
@@ -25,6 +26,7 @@ def featurize(spark, run: Run, attempt: Place, cfg) -> Outcome:
     """Fit the vocabulary and write one TF-IDF row a document.  Raises DataError where no term is left."""
     pairs = list(zip(run.files("documents"), run.files("folds"), strict=True))
     training = run.finished("split")["documents"]["train"]
+    guard = Guard.of("featurize", attempt, cfg.spark)
     if cfg.featurize.vocabulary:
         earlier = Run(cfg.featurize.vocabulary)
         ngrams = earlier.info["config"].get("featurize", {}).get("ngrams")
@@ -35,7 +37,7 @@ def featurize(spark, run: Run, attempt: Place, cfg) -> Outcome:
             )
         vocabulary, collisions = earlier.read("vocabulary", verify=True), 0
     else:
-        counted, collisions = count_terms(spark, pairs, cfg.featurize.ngrams, cfg.featurize.min_df)
+        counted, collisions = count_terms(spark, pairs, guard, cfg.featurize.ngrams, cfg.featurize.min_df)
         vocabulary = choose_terms(counted, training, cfg.featurize)
     if vocabulary.num_rows == 0:
         raise DataError(
@@ -48,7 +50,7 @@ def featurize(spark, run: Run, attempt: Place, cfg) -> Outcome:
         "featurize: apply the vocabulary",
         apply_part,
         [
-            (str(documents), str(attempt), number, str(attempt / written["file"]), cfg.featurize)
+            (str(documents), str(attempt), number, str(attempt / written["file"]), guard, cfg.featurize)
             for number, (documents, _) in enumerate(pairs)
         ],
     )
@@ -68,13 +70,13 @@ def summary(facts: dict, rows: dict) -> str:
     )
 
 
-def count_terms(spark, pairs, ngrams: int, min_df: int) -> tuple[pa.Table, int]:
+def count_terms(spark, pairs, guard: Guard, ngrams: int, min_df: int) -> tuple[pa.Table, int]:
     """Terms on at least `min_df` training documents (hash, df, term), and how many hashes stand for two terms."""
     from pyspark.sql import functions as F
 
     spark.sparkContext.setJobDescription("featurize: count terms")
     counted = (
-        map_tasks(spark, pairs, _term_counter(ngrams), "hash bigint, df bigint, term string")
+        map_tasks(spark, pairs, _term_counter(guard, ngrams), "hash bigint, df bigint, term string")
         .groupBy("hash")
         .agg(F.sum("df").alias("df"), F.min("term").alias("term"), (F.min("term") != F.max("term")).alias("collided"))
         .where(F.col("df") >= min_df)
@@ -92,14 +94,17 @@ def choose_terms(counted: pa.Table, n: int, cfg) -> pa.Table:
     return pa.table(columns, schema=TABLES["vocabulary"].schema)
 
 
-def _term_counter(ngrams):
+def _term_counter(guard, ngrams):
+    def terms(batch):
+        return count_documents(one_array(batch["text"]), ngrams)
+
     def count(pair):
         documents, folds = pair
-        table = read_table(documents, columns=["text"])
+        table = read_table(documents, columns=["doc_id", "text"])
         kept = pc.greater_equal(read_table(folds, columns=["fold"])["fold"], 0)
         partial = []
-        for batch in batches(table.filter(kept)):
-            partial.append(count_documents(one_array(batch["text"]), ngrams))
+        for counted in guard.over(batches(table.filter(kept)), terms):
+            partial.append(counted)
             if len(partial) > 8:
                 partial = [_merged(partial)]
         if partial:
@@ -123,17 +128,20 @@ def _vocabulary(path):
 
 def apply_part(task):
     """Features of one part of documents: entry for the manifest, non-zeros, documents without a known term."""
-    documents, attempt, number, vocabulary, cfg = task
+    documents, attempt, number, vocabulary, guard, cfg = task
     known = _vocabulary(vocabulary)
     totals = [0, 0]
 
+    def features(batch):
+        return batch["row"], vectorize(one_array(batch["text"]), known, cfg.ngrams, cfg.sublinear)
+
     def rows():
-        for batch in batches(read_table(documents, columns=["row", "text"])):
-            indptr, indices, values = vectorize(one_array(batch["text"]), known, cfg.ngrams, cfg.sublinear)
+        table = read_table(documents, columns=["row", "doc_id", "text"])
+        for row, (indptr, indices, values) in guard.over(batches(table), features):
             totals[0] += indices.size
             totals[1] += int((np.diff(indptr) == 0).sum())
             offsets = pa.array(indptr.astype(np.int32))
             lists = [pa.ListArray.from_arrays(offsets, pa.array(x)) for x in (indices, values)]
-            yield pa.table([batch["row"], *lists], schema=TABLES["features"].schema)
+            yield pa.table([row, *lists], schema=TABLES["features"].schema)
 
     return write_part(place(attempt), "features", rows(), number), *totals

@@ -8,6 +8,7 @@ everything later is deterministic because of it.  A record ends as a document or
 
 import collections
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from pipeline import sources
 from pipeline.errors import DataError, InputError, shown
 from pipeline.session import cores
 from pipeline.stages.parts import Outcome, hashes, map_tasks, run_tasks
+from pipeline.stages.poison import told
 from pipeline.storage import Place, on_this_host, place, replacing
 from pipeline.store import write_part
 from pipeline.tables import TABLES
@@ -33,8 +35,10 @@ def partitions(plan: sources.Plan, cfg) -> int:
     return cfg.spark.partitions or max(cores(cfg.spark.master), -(-size // PART_BYTES))
 
 
-def ingest(spark, plan: sources.Plan, attempt: Place, cfg, need_labels: bool = True) -> Outcome:
-    """Read, check and order the documents.
+def ingest(
+    spark, plan: sources.Plan, attempt: Place, cfg, need_labels: bool = True, convicted: Sequence[dict] = ()
+) -> Outcome:
+    """Read, check and order the documents; those with a verdict of `poison.listed` are rejected.
 
     Raises DataError (too many rejects, no label at all, too many labels) and InputError (no record at all).
     """
@@ -44,7 +48,7 @@ def ingest(spark, plan: sources.Plan, attempt: Place, cfg, need_labels: bool = T
         map_tasks(spark, plan.splits, _reader(cfg.input, parts), _ddl(KEYED))
         .repartitionById(parts, "bucket")
         .sortWithinPartitions("key", "doc_id", "file", "position")
-        .mapInArrow(_writer(str(attempt)), "part int, facts string")
+        .mapInArrow(_writer(str(attempt), {v["doc_id"]: v for v in convicted}), "part int, facts string")
         .collect()
     )
     done = {row["part"]: json.loads(row["facts"]) for row in counted}
@@ -57,7 +61,7 @@ def ingest(spark, plan: sources.Plan, attempt: Place, cfg, need_labels: bool = T
     labels = _label_table(
         sum((collections.Counter(f["labels"]) for f in done.values()), collections.Counter()), cfg.ingest
     )
-    _check(total, accepted, reasons, labels, cfg.ingest, need_labels)
+    _check(total, accepted, reasons, labels, cfg.ingest, need_labels, convicted)
 
     # rows are numbered across parts once all parts are counted
     offsets = np.cumsum([0] + [done[p]["documents"]["rows"] if p in done else 0 for p in range(parts)])
@@ -93,9 +97,10 @@ def summary(facts: dict, rows: dict) -> str:
     )
 
 
-def _check(total, accepted, reasons, labels, cfg, need_labels):
+def _check(total, accepted, reasons, labels, cfg, need_labels, convicted):
     rejected = total - accepted
     worst = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
+    worst += f"; quarantined: {told(convicted)}" if convicted else ""
     if accepted == 0:
         raise DataError(f"all {total} records were rejected ({worst}); expected documents with doc_id and text")
     if rejected > cfg.max_rejected * total:
@@ -138,12 +143,12 @@ def _reader(fmt, parts):
     return read
 
 
-def _writer(attempt):
+def _writer(attempt, convicted):
     def write(batches):
         from pyspark import TaskContext
 
         part = TaskContext.get().partitionId()
-        yield _write_sorted(batches, place(attempt), part)
+        yield _write_sorted(batches, place(attempt), part, convicted)
 
     return write
 
@@ -151,7 +156,7 @@ def _writer(attempt):
 STAGED = pa.schema([TABLES["documents"].schema.field(name) for name in ("doc_id", *CONTENT)])
 
 
-def _write_sorted(batches, attempt: Place, part: int) -> pa.RecordBatch:
+def _write_sorted(batches, attempt: Place, part: int, convicted: dict[str, dict]) -> pa.RecordBatch:
     """Documents (without row numbers yet) and rejects of one part, whose records come sorted by doc_id."""
     reasons: collections.Counter[str] = collections.Counter()
     labels: collections.Counter[str] = collections.Counter()
@@ -161,8 +166,10 @@ def _write_sorted(batches, attempt: Place, part: int) -> pa.RecordBatch:
     with replacing(staged) as path, pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, STAGED) as writer:
         for group in _whole_documents(batches):
             group, refused = _without_duplicates(group)
-            rejects.append(refused)
-            reasons.update(refused["reason"].to_pylist())
+            group, quarantined = _without_convicted(group, convicted)
+            for rejected in (refused, quarantined):
+                rejects.append(rejected)
+                reasons.update(rejected["reason"].to_pylist())
             repairs += pc.sum(group["label_repairs"]).as_py() or 0
             for value in pc.value_counts(pc.list_flatten(group["labels"])).to_pylist():
                 labels[value["values"]] += value["counts"]
@@ -221,19 +228,29 @@ def _without_duplicates(table):
                 keep.append(rows[0])
             for row in rows if conflict else rows[1:]:
                 marks[row] = "id_conflict" if conflict else "duplicate"
-        again = good.take(sorted(marks)).select(["file", "position", "doc_id"])
-        refused.append(
-            pa.table(
-                {
-                    "file": again["file"],
-                    "position": again["position"],
-                    "reason": [marks[row] for row in sorted(marks)],
-                    "sample": [f"doc_id {shown(d, 150)}" for d in again["doc_id"].to_pylist()],
-                }
-            )
-        )
+        refused.append(_rejects(good.take(sorted(marks)), [marks[row] for row in sorted(marks)]))
         good = good.take(sorted(keep))
     return good, pa.concat_tables([r.cast(TABLES["rejects"].schema) for r in refused])
+
+
+def _without_convicted(table, convicted):
+    """Accepted rows without those that a later stage has convicted, and the latter as rejects."""
+    if not convicted:
+        return table, TABLES["rejects"].schema.empty_table()
+    mine = pc.is_in(table["doc_id"], value_set=pa.array(convicted, pa.string()))
+    found = table.filter(mine)
+    verdicts = [convicted[doc_id] for doc_id in found["doc_id"].to_pylist()]
+    notes = [f", {shown(v['what'], 150)} ({v['stage']})" for v in verdicts]
+    return table.filter(pc.invert(mine)), _rejects(found, [v["reason"] for v in verdicts], notes)
+
+
+def _rejects(table, reasons, notes=None):
+    """Rows with a doc_id as rejects; a note goes behind the doc_id."""
+    places = zip(table["doc_id"].to_pylist(), notes or [""] * table.num_rows, strict=True)
+    samples = [f"doc_id {shown(doc_id, 150)}{note}" for doc_id, note in places]
+    return pa.table(
+        [table["file"], table["position"], pa.array(reasons, pa.string()), samples], TABLES["rejects"].schema
+    )
 
 
 def _number(task):

@@ -23,7 +23,9 @@ from pipeline.host import host_folder
 from pipeline.learners import duplicates
 from pipeline.learners.matrix import gold_pairs
 from pipeline.learners.relations import PAIR_COLUMNS, Columns, columns, pairs, relations
+from pipeline.learners.vectorizer import batches
 from pipeline.stages.parts import Outcome, hashes, map_tasks, run_tasks, share
+from pipeline.stages.poison import Guard
 from pipeline.storage import Mapped, ObjectPath, Place, digest, place, read_table, remove, replacing
 from pipeline.store import Run, write_part
 from pipeline.tables import TABLES
@@ -149,6 +151,7 @@ def near_duplicates(spark, run: Run, files: list[Place], attempt: Place, drawn: 
 
     similarity = cfg.split.near_duplicates
     locks = functools.partial(host_folder, cfg.spark.cache_dir, "")
+    guard = Guard.of("split", attempt, cfg.spark)
     folder = attempt / "shingles"
     folder.mkdir(exist_ok=True)
     try:
@@ -158,7 +161,7 @@ def near_duplicates(spark, run: Run, files: list[Place], attempt: Place, drawn: 
         sets = run_tasks(
             spark,
             "split: shingles of test documents",
-            functools.partial(_shingle, similarity=similarity, locks=locks),
+            functools.partial(_shingle, guard=guard, similarity=similarity, locks=locks),
             [
                 (*part, most, str(folder / f"{number:05d}.u8"))
                 for number, (part, most) in enumerate(zip(parts, wanted, strict=True))
@@ -176,7 +179,7 @@ def near_duplicates(spark, run: Run, files: list[Place], attempt: Place, drawn: 
         known = spark.sparkContext.broadcast(texts.known)
         spark.sparkContext.setJobDescription("split: compare training documents")
         found = (
-            map_tasks(spark, parts, _comparer(known, texts_held, similarity, locks), duplicates.FOUND_COLUMNS)
+            map_tasks(spark, parts, _comparer(known, texts_held, guard, similarity, locks), duplicates.FOUND_COLUMNS)
             .groupBy("place")
             # the largest similarity, then the smallest row, which has its doc_id with it
             .agg(F.max(F.struct("similarity", (-F.col("row")).alias("minus_row"), "doc_id")).alias("best"))
@@ -263,23 +266,30 @@ def _texts(documents, folds, kept, most=None):
     return read_table(documents, columns=TEXTS.names).filter(mask).slice(0, most)
 
 
-def _shingle(task, similarity, locks):
+def _shingle(task, guard, similarity, locks):
     documents, folds, most, file = task
     duplicates.warm_up(locks())
-    sets, held = duplicates.shingle_sets(_texts(documents, folds, lambda fold: pc.equal(fold, TEST), most), similarity)
-    with replacing(place(file)) as path:
-        held.tofile(path)
-    return sets, file
+    tests = _texts(documents, folds, lambda fold: pc.equal(fold, TEST), most)
+    parts = []
+    with replacing(place(file)) as path, path.open("wb") as out:
+        for sets, held in guard.over(batches(tests), functools.partial(duplicates.shingle_sets, similarity=similarity)):
+            parts.append(sets)
+            held.tofile(out)
+    return duplicates.joined(parts, similarity), file
 
 
-def _comparer(known, file, similarity, locks):
+def _comparer(known, file, guard, similarity, locks):
     def compare(part):
         duplicates.warm_up(locks())
         path = file.folder() / Path(file.files[0]).name
         mapped = np.memmap(path, np.uint64, "r") if path.stat().st_size else np.empty(0, np.uint64)
         held = np.asarray(mapped)  # the kernel wants a plain array: a view on the same pages
         held.setflags(write=False)  # and compiles for either kind apart
-        yield duplicates.nearest(_texts(*part, lambda fold: pc.greater_equal(fold, 0)), known.value, held, similarity)
+
+        def nearest(batch):
+            return duplicates.nearest(batch, known.value, held, similarity)
+
+        yield from guard.over(batches(_texts(*part, lambda fold: pc.greater_equal(fold, 0))), nearest)
 
     return compare
 

@@ -12,12 +12,20 @@ import pyarrow.compute
 
 from pipeline.learners.tagger import Tagger, Weights
 from pipeline.stages.parts import Outcome, decision_of, rules_of, run_tasks
+from pipeline.stages.poison import Guard
 from pipeline.storage import Mapped, Place, place, read_table
 from pipeline.store import Run, write_part
 
 
 def tag(
-    spark, documents: list[Place], attempt: Place, source: dict, settings: dict, identity: str, cache_dir: str = ""
+    spark,
+    documents: list[Place],
+    attempt: Place,
+    source: dict,
+    settings: dict,
+    identity: str,
+    guard: Guard,
+    cache_dir: str = "",
 ) -> Outcome:
     """Tag every document.
 
@@ -26,9 +34,10 @@ def tag(
         source: where the fitted tagger is: {"run": folder} or {"bundle": folder of `Tagger.save`, or `Mapped`}.
         settings: of `Tagger`; for a bundle only max_tags is taken, and only where it is set.
         identity: changes with the tagger; workers that live on between jobs keep the last one they loaded.
+        guard: writes down which documents crash, hang or exhaust a worker.
         cache_dir: where a host keeps a copy of the weights of a run that is in an object store.
     """
-    shared = (source, tuple(sorted(settings.items())), identity, cache_dir)
+    shared = (source, tuple(sorted(settings.items())), identity, guard, cache_dir)
     done = run_tasks(
         spark,
         "tag: score the documents",
@@ -71,12 +80,13 @@ def _tagger(source, settings, identity, cache_dir):
 
 
 def _tag_part(shared, task):
-    (source, settings, identity, cache_dir), (path, attempt, number) = shared, task
+    (source, settings, identity, guard, cache_dir), (path, attempt, number) = shared, task
     tagger = _tagger(next(iter(source.items())), settings, identity, cache_dir)
     totals = [0, 0, 0]
 
     def rows():
-        for tags, empty in tagger.tag_batches(read_table(path, columns=["doc_id", "text"])):
+        documents = tagger.batches(read_table(path, columns=["doc_id", "text"]))
+        for tags, empty in guard.over(documents, tagger.tag_batch):
             lengths = pa.compute.list_value_length(tags["tags"])
             totals[0] += pa.compute.sum(lengths).as_py() or 0
             totals[1] += pa.compute.sum(pa.compute.equal(lengths, 0)).as_py() or 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from jobs import entry
+from jobs import entry, inputs
 from jobs.entry import Job, code_version, guarded, stage_settings, translated
 from pipeline import code, errors
 from pipeline.config import Config, load
@@ -25,6 +25,7 @@ from pipeline.errors import (
     TagmillError,
 )
 from pipeline.flow import FIT
+from pipeline.stages import poison
 from pipeline.store import Run, fingerprint
 
 ROOT = Path(entry.__file__).parents[1]
@@ -181,6 +182,21 @@ time.sleep(60)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGINT, 130)])
+def test_a_signal_in_a_destructor_is_not_lost(number, code):
+    prelude = f"""
+class Slow:
+    def __del__(self):
+        os.kill(os.getpid(), {int(number)})
+        for _ in range(1000): pass
+"""
+    process = program("Slow()\ntime.sleep(60)", prelude)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert err.count("\n") == 1
+    assert "run the same command again to go on" in err
+
+
 def test_nohup_is_respected():
     process = program(
         'os.kill(os.getpid(), signal.SIGHUP)\nprint("still here")', "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
@@ -244,6 +260,12 @@ Traceback (most recent call last):
             "cannot use /x/part: No space left on device; free some space and run the same command again",
         ),
         ("OSError: [Errno 28] No space left on device", StorageError, "cannot use a file: No space left on device; f"),
+        (
+            "OSError: [Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device: '/x/part'\n",
+            StorageError,
+            "cannot use /x/part: No space left on device; free some space",
+        ),
+        ("FileExistsError: [Errno 17] File exists: '/x' -> '/y'", StorageError, "cannot use /x: File exists"),
         ("OSError: [Errno 5] Input/output error: '/x'", StorageError, "cannot use /x: Input/output error"),
         ("PermissionError: [Errno 13] Permission denied: '/x y'", PermissionError_, "cannot use /x y: Permission"),
         ("FileNotFoundError: [Errno 2] No such file or directory: '/x'", InputError, "cannot use /x: No such file"),
@@ -363,6 +385,85 @@ def test_a_recipe_names_stage_settings_inputs_and_code(job):
         "inputs": {name: fingerprint(recipes[name]) for name in ("ingest", "train")},
         "code": code_version(),
     }
+
+
+def test_convicted_documents_are_part_of_the_recipe_of_ingest(job):
+    before = marks(job)
+    mark = poison.mark_of((digest for _, _, digest in FILES), code_version())
+    verdict = {"doc_id": "d7", "reason": "oom", "stage": "split", "what": "", "seconds": 1.0}
+    poison.grown(job.run, mark, [verdict])
+    after = job.recipes(FILES)
+    assert after["ingest"]["quarantine"] == [["d7", "oom"]]
+    assert all(before[name] != mark for name, mark in marks(job).items())
+    poison.grown(job.run, mark, [{**verdict, "seconds": 2.0}])  # measured anew, the same result
+    assert job.recipes(FILES) == after
+    assert "quarantine" not in job.recipes(FILES[:1])["ingest"]  # a mended input begins without
+
+
+def test_another_list_is_told_from_another_input(job):
+    before, after = job.recipes(FILES)["ingest"], job.recipes(FILES[:1])["ingest"]
+    assert entry._what_differs(before, after) == "other input"
+    listed = {**before, "quarantine": [["d7", "oom"]]}
+    assert entry._what_differs(listed, before) == "another quarantine.json"
+
+
+class Stages:
+    """Stands in for the stages of a fit: convicts what it is told to, and notes what ran on which list."""
+
+    def __init__(self, job, convicts):
+        self.job, self.convicts, self.ran = job, convicts, []
+
+    def __call__(self, job, stage, recipe, plan, grow):
+        self.ran.append((stage.name, [v[0] for v in recipe.get("quarantine", [])]))
+        return [
+            {"doc_id": d, "reason": "oom", "stage": stage.name, "what": ""} for d in self.convicts.pop(stage.name, ())
+        ]
+
+
+@pytest.fixture
+def staged(tmp_path, toy, monkeypatch):
+    """staged(convicts, only=...): names of the stages that ran, ingest with the list that it had."""
+
+    def call(convicts, **arguments):
+        stages = Stages(None, convicts)
+        monkeypatch.setattr(entry, "run_stage", stages)
+        entry.fit(str(tmp_path / "fitted"), str(toy), Config(), **arguments)
+        return [name if name != "ingest" else ("ingest", *listed) for name, listed in stages.ran]
+
+    return call
+
+
+def test_a_conviction_begins_again_at_ingest_with_the_longer_list(staged):
+    rest = ["train", "calibrate", "evaluate", "register"]
+    assert staged({"split": ["a"], "featurize": ["c", "b"]}) == [
+        ("ingest",), "split",
+        ("ingest", "a"), "split", "featurize",
+        ("ingest", "a", "b", "c"), "split", "featurize", *rest,
+    ]  # fmt: skip
+
+
+def test_a_stage_by_itself_begins_again_at_ingest_and_ends_with_itself(staged, tmp_path, toy):
+    staged({}, only=("ingest",))
+    run = Run(tmp_path / "fitted")
+    recipe = Job(run, Config()).recipes(inputs.planned(str(toy), Config()).files)["ingest"]
+    run.commit("ingest", run.attempt("ingest"), recipe, {}, {})
+    assert staged({"featurize": ["a"]}, only=("featurize",)) == ["featurize", ("ingest", "a"), "split", "featurize"]
+    assert run.manifest("ingest") is None
+
+
+def test_convictions_without_end_end_the_run(staged, monkeypatch):
+    monkeypatch.setattr(poison, "ROUNDS", 3)
+
+    rounds = []
+
+    class Endless(dict):
+        def pop(self, stage, default):
+            rounds.extend(["d7\n"] if stage == "split" else [])
+            return rounds[-1:] if stage == "split" else default
+
+    with pytest.raises(errors.DataError, match=r"3 times in a row, last d7\\n oom .*remove them from the input"):
+        staged(Endless())
+    assert len(rounds) == 3
 
 
 def test_a_single_stage_builds_on_what_was_ingested(job):
