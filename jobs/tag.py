@@ -86,7 +86,10 @@ def tag(
         finally:
             job.stop()
         with explained(out, "publish"):
-            _publish(work, out, card)
+            if isinstance(out, ObjectPath):
+                _copy_to(work, out, card)
+            else:
+                _publish(work.root / "result", out)
         _clear(work)
     log.info("tag: %s", card["summary"])
     return card
@@ -235,12 +238,8 @@ def _ingested(job, plan, recipe, convicted):
     return work.commit("ingest", attempt, recipe, outcome.tables, outcome.facts)
 
 
-def _publish(work, out, card):
+def _publish(result, out):
     """Give the finished folder its name in one step; an older one takes the place of `result`, or steps aside first."""
-    if isinstance(out, ObjectPath):
-        _copy_to(work, out, card)
-        return
-    result = work.root / "result"
     if not out.exists():
         os.rename(result, out)
     elif not _exchanged(result, out):

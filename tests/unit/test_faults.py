@@ -17,9 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.entry import guarded
-from pipeline import config, store
+from pipeline import config, host, storage, store
 from pipeline.errors import DataError, InputError, LockedError, TagmillError
-from pipeline.learners import matrix
 from pipeline.learners import tagger as taggers
 from pipeline.learners.tagger import Tagger
 from pipeline.sources import plan, refuse_changed
@@ -219,7 +218,7 @@ def test_planted_links_are_replaced_or_refused_and_never_followed(tmp_path, monk
     assert whole(run) == 1
     monkeypatch.setattr(store.uuid, "uuid4", lambda: uuid.UUID(int=0))
     (run.root / ".run.json.00000000.tmp").symlink_to(precious)
-    with pytest.raises(FileExistsError), store.replacing(run.root / "run.json") as part:
+    with pytest.raises(FileExistsError), storage.replacing(run.root / "run.json") as part:
         part.write_text("{}")
     assert precious.read_text() == "content"
     assert run.info["input"] == "somewhere"
@@ -230,13 +229,13 @@ def test_a_planted_folder_of_the_host_is_refused(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     planted = tmp_path / f"tagmill-{os.getuid()}"
     planted.symlink_to(tmp_path / "elsewhere")
-    assert in_child(lambda: matrix.host_folder("", "m"))[0] == 77
+    assert in_child(lambda: host.host_folder("", "m"))[0] == 77
     planted.unlink()
-    matrix.host_folder("", "m")
+    host.host_folder("", "m")
     assert planted.stat().st_mode & 0o777 == 0o700
     if os.getuid() == 0:
         os.chown(planted, 65534, 65534)
-        assert in_child(lambda: matrix.host_folder("", "m"))[0] == 77
+        assert in_child(lambda: host.host_folder("", "m"))[0] == 77
 
 
 # -- what is read has changed (B9, B10) --------------------------------------------------------------------------------

@@ -242,7 +242,7 @@ def test_tags_are_whole_or_without_their_manifest(memory, monkeypatch):
             assert tag._published_in_part(work, "new")["fingerprint"] == "new"
 
     def again():
-        tag._publish(work, out, result("old"))
+        tag._copy_to(work, out, result("old"))
         assert tag._whole(out, tag._card(out))
         assert tag._published_in_part(work, "new") is None
         (out / "tags-00009.parquet").write_bytes(b"of an output with more parts")
@@ -252,9 +252,9 @@ def test_tags_are_whole_or_without_their_manifest(memory, monkeypatch):
         card.update(result("new"))
 
     card = result("new")
-    writes = until_it_lives(monkeypatch, lambda: tag._publish(work, out, card), check, again)
+    writes = until_it_lives(monkeypatch, lambda: tag._copy_to(work, out, card), check, again)
     assert writes >= 6
-    tag._publish(work, out, card)
+    tag._copy_to(work, out, card)
     assert {path.name for path in out.iterdir()} == {*(i["file"] for i in card["tables"]["tags"]), "_rejects", tag.CARD}
 
 
