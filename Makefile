@@ -13,6 +13,8 @@ CLUSTER_PORT ?= 0
 WORKER_PYTHON ?=
 
 AIRFLOW ?= .venv-airflow
+# of make test and test-slow: files of tests that run side by side
+PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow chaos bench bench-env cluster-up cluster-down dist airflow-env airflow-test lint lock clean
@@ -36,10 +38,10 @@ demo: $(VENV)/.ok  ## fit a tagger on the docstrings of the installed libraries 
 	$(BIN)/tagmill demo --run runs/demo
 
 test: $(VENV)/.ok  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -q -m "not slow and not bench"
+	$(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadfile -m "not slow and not bench"
 
 test-slow: $(VENV)/.ok  ## the slow tests: kills and resumes, real corpora (with TAGMILL_DATA set)
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadfile -m slow
 
 chaos: $(VENV)/.ok  ## a hundred kills at random moments, then a few with guards taken away, which the loop must notice
 	$(BIN)/python -m tests.chaos --kills $(or $(KILLS),100) $(if $(SEED),--seed $(SEED))
