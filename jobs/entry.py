@@ -498,6 +498,8 @@ def run_stage(
         outcome, found = poison.judged(
             attempt, functools.partial(getattr(module, "refit" if growing else stage.name), *arguments)
         )
+        if plan and stage.name == "ingest":
+            sources.refuse_changed(plan)
     if outcome is None:
         return found
     rows = {name: sum(item["rows"] for item in items) for name, items in outcome.tables.items()}
@@ -573,7 +575,8 @@ def guarded(function: Callable[[], object], debug: bool = False) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup asks for it
             signal.signal(number, terminate)
     try:
-        function()
+        with _no_signal_lost():
+            function()
         print(end="", flush=True)  # the reader of a short output may have left, and nothing was written before
     except Terminated:
         _stop(children() - before)
@@ -595,6 +598,33 @@ def guarded(function: Callable[[], object], debug: bool = False) -> int:
         print(f"tagmill: {one_line(known)}", file=sys.stderr)
         return known.code
     return 0
+
+
+@contextlib.contextmanager
+def _no_signal_lost():
+    """What a handler raises in a destructor or a callback of the collector is dropped by Python: raise it again."""
+    before, waiting = sys.unraisablehook, []
+
+    def again(dropped):
+        kind = dropped.exc_type
+        if kind not in (Terminated, KeyboardInterrupt):
+            return before(dropped)
+
+        def late(number, frame):
+            raise kind
+
+        # raised here it would be dropped as well
+        waiting.append(kind)
+        signal.signal(signal.SIGALRM, late)
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        if waiting:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def children() -> set[psutil.Process]:
@@ -643,9 +673,9 @@ def translated(error: BaseException) -> TagmillError | None:
     family = getattr(errors, match[1], None) if match else None
     if match and isinstance(family, type):
         return family(match[2].strip())
-    match = re.search(
-        r"(?:OSError|PermissionError|FileNotFoundError): \[Errno (\d+)\] ([^:\n]+)(?:: '([^'\n]+)')?", text
-    )
+    # Arrow's reason has colons of its own, and a rename names two paths
+    system = r"\w+Error: \[Errno (\d+)\] ([^\n]+?)(?:: '([^'\n]+)'(?: -> '[^'\n]+')?)?\s*$"
+    match = re.search(system, text, re.MULTILINE)
     if match:
         return translated(OSError(int(match[1]), match[2], match[3]))
     if "SparkContext was shut down" in text or "Answer from Java side is empty" in text:
@@ -691,8 +721,10 @@ def logging_to_stderr(debug: bool = False) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for name in ("tagmill", "pipeline"):
         logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.INFO)
-    for name in ("py4j", "mlflow", "alembic", "numba"):
+    for name in ("mlflow", "alembic", "numba"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # what it logs with a traceback it raises too: a signal in the middle of a call is told by the last line
+    logging.getLogger("py4j").setLevel(logging.ERROR if debug else logging.CRITICAL)
 
 
 class _OneLine(logging.Formatter):

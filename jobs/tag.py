@@ -4,6 +4,8 @@ The output folder appears whole or not at all: the work is done in a hidden fold
 the end and is kept when the work is interrupted, so that the same command goes on where it stopped.
 """
 
+import ctypes
+import errno
 import functools
 import glob
 import hashlib
@@ -20,10 +22,11 @@ from jobs.progress import watching
 from pipeline.config import Config
 from pipeline.errors import ConfigError, DataError, InputError
 from pipeline.flow import FIT
+from pipeline.sources import refuse_changed
 from pipeline.stages import ingest as ingesting
 from pipeline.stages import poison
 from pipeline.stages import tag as tagging
-from pipeline.store import Run, digest, explained, fingerprint, sync_folder, write_json
+from pipeline.store import Run, digest, explained, fingerprint, sync_file, sync_folder, write_json
 
 log = logging.getLogger("tagmill")
 
@@ -150,6 +153,8 @@ def _tag(job, plan, source, settings, recipe, out):
         rejects.mkdir()
         for path in work.files("rejects"):
             shutil.copyfile(path, rejects / path.name)
+            sync_file(rejects / path.name)
+        sync_folder(rejects)
     rows = {"tags": sum(item["rows"] for item in outcome.tables["tags"])}
     card = {
         "fingerprint": mark,
@@ -184,30 +189,50 @@ def _ingested(job, plan, recipe, convicted):
     with watching(job.spark.sparkContext, "ingest"):
         rows = inputs.exported(plan, cfg, job.spark, work, need_labels=False)
         outcome = ingesting.ingest(job.spark, rows, attempt, cfg, False, convicted)
+        refuse_changed(plan)
     return work.commit("ingest", attempt, recipe, outcome.tables, outcome.facts)
 
 
 def _publish(result, out):
-    """Give the finished folder its name in one rename; an older one steps aside first."""
-    if out.exists():
+    """Give the finished folder its name in one step; an older one takes the place of `result`, or steps aside first."""
+    if not out.exists():
+        os.rename(result, out)
+    elif not _exchanged(result, out):
         aside = out.with_name(f".{out.name}.{hashlib.sha256(os.urandom(8)).hexdigest()[:8]}.old")
         os.rename(out, aside)
         os.rename(result, out)
-        if aside.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            aside.unlink()
-    else:
-        os.rename(result, out)
+        _remove(aside)
     sync_folder(out.parent)
 
 
+def _exchanged(one, other):
+    """Swap two names in one step; False where the system or the file system cannot."""
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if swap is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def _remove(aside):
+    if aside.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        aside.unlink()
+
+
 def _recover(out):
-    """Put back an older output that a killed replacement had set aside."""
-    if not out.exists():
-        for aside in sorted(out.parent.glob(f".{glob.escape(out.name)}.*.old")):
+    """Put back an older output that a killed replacement had set aside; what it had replaced already is removed."""
+    for aside in sorted(out.parent.glob(f".{glob.escape(out.name)}.{'[0-9a-f]' * 8}.old")):
+        if out.exists():
+            _remove(aside)
+        else:
             os.rename(aside, out)
-            return
 
 
 def _whole(out, card):

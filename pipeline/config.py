@@ -26,6 +26,7 @@ from pydantic_core import PydanticCustomError
 from pipeline.errors import ConfigError, InputError, shown
 
 MAX_CONFIG_BYTES = 1_000_000
+SECRET = re.compile(r"(secret|password|passphrase|token|(secret|access|account|session)[._-]?key)$|account\.key", re.I)
 MAX_SEED = 2**63 - 1
 
 Column = Annotated[str, Field(min_length=1)]
@@ -354,7 +355,24 @@ def load(
         config = Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(e, origins) for e in error.errors())) from error
+    _refuse_secrets(config, base or {})
     return config, origins
+
+
+def _refuse_secrets(config, base):
+    """Settings are kept in run.json, and options reach Spark on a command line; what a run has already may stay."""
+    for key in config.spark.options:
+        if SECRET.search(key) and key not in (base.get("spark") or {}).get("options", {}):
+            raise ConfigError(
+                f"spark.options.{shown(key)} is a secret, which every user of the host could read on a command line; "
+                "put it into spark-defaults.conf (mode 600) of the folder that SPARK_CONF_DIR names"
+            )
+    uri = config.mlflow.tracking_uri
+    if re.search(r"://[^/\s]*@", uri) and uri != (base.get("mlflow") or {}).get("tracking_uri"):
+        raise ConfigError(
+            "mlflow.tracking_uri holds a user name or password, which would be kept in run.json; "
+            "give the address in MLFLOW_TRACKING_URI, or the password in MLFLOW_TRACKING_PASSWORD"
+        )
 
 
 def flat(config: Config) -> dict[str, Any]:

@@ -194,6 +194,21 @@ def read_split(split: Split, fmt: Any) -> Iterator[pa.RecordBatch]:
         raise _in_our_words(split.file, error) from error
 
 
+def refuse_changed(plan: Plan) -> None:
+    """Raise InputError where a file has not the content any more that was planned: a mixture may have been read."""
+    read = {split.file for split in plan.splits}
+    for path, _, mark in plan.files:
+        if path not in read:
+            continue
+        try:
+            with open(path, "rb") as file:
+                now = _digest(file)
+        except OSError as error:
+            raise _in_our_words(path, error) from error
+        if now != mark:
+            raise InputError(f"{_name(path)} changed while it was read; run again when nobody writes to it")
+
+
 # Which files
 
 

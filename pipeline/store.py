@@ -63,6 +63,16 @@ def explained(path: object, what: str) -> Iterator[None]:
         raise StorageError(message) from error
 
 
+@contextlib.contextmanager
+def _named(path):
+    """The system does not say the name of an open file that it cannot read or write."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def sync_file(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -84,10 +94,13 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its name when the block ends well: old or new, never between."""
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        yield part
-        sync_file(part)
-        os.replace(part, path)
-        sync_folder(path.parent)
+        with _named(path):
+            # nobody else's business, and no link that waits under this name is followed
+            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640))
+            yield part
+            sync_file(part)
+            os.replace(part, path)
+            sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -103,7 +116,7 @@ def write_json(path: Path, value: object) -> None:
 
 def digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
+    with _named(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -167,6 +180,7 @@ class Run:
 
     def create(self, info: dict) -> None:
         """Write run.json, which makes the folder a run."""
+        _drop_unfinished(self.root)
         write_json(self.root / "run.json", {"format": FORMAT, **info})
 
     def prepare(self) -> None:
@@ -203,11 +217,13 @@ class Run:
                         f"{self.root}: locked by {shown(_holder(descriptor), 200)}; wait for it or stop it"
                     ) from None
             since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+            with explained(path, "write to"):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
             yield
         finally:
-            os.close(descriptor)
+            with explained(path, "close"):
+                os.close(descriptor)
 
     def holder(self) -> str | None:
         """Who holds the folder's lock, as text, or None where nobody does."""
@@ -258,7 +274,8 @@ class Run:
         """A folder for an attempt at a stage; a new one where no name is given."""
         folder = self.root / stage / (name or f"attempt-{uuid.uuid4().hex[:12]}")
         with explained(folder, "create"):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o750)
+            for made in (folder.parent, folder):
+                made.mkdir(parents=True, exist_ok=True, mode=0o750)
         return folder
 
     def commit(self, stage: str, attempt: Path, recipe: dict, tables: dict[str, list[dict]], facts: dict) -> dict:
@@ -278,6 +295,8 @@ class Run:
         }
         with explained(self.root / stage, "publish"):
             sync_folder(attempt)
+            sync_folder(self.root)  # which holds the folder of the stage
+            _drop_unfinished(self.root / stage)
             write_json(self.root / stage / MANIFEST, manifest)
             for other in (self.root / stage).iterdir():
                 if other.is_dir() and other.name != attempt.name:
@@ -325,6 +344,12 @@ class Run:
             yield path, item
 
 
+def _drop_unfinished(folder):
+    """Remove what a killed writer of `folder` left under temporary names; the caller holds the lock."""
+    for part in folder.glob(".*.tmp"):
+        part.unlink(missing_ok=True)
+
+
 def _holder(descriptor):
     return os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "an unknown process"
 
@@ -344,7 +369,8 @@ def _expect(place, value, **kinds):
 
 def _read_parquet(path, columns):
     try:
-        return pq.ParquetFile(path).read(columns=columns)
+        with _named(path):
+            return pq.ParquetFile(path).read(columns=columns)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
             raise  # the disk's fault, not the file's

@@ -57,7 +57,8 @@ def keep(run: Run) -> int | None:
             sync_file(part / path.name)
         write_json(part / CARD, {"number": number, **state})
         os.rename(part, run.root / FOLDER / f"{number:04d}")
-        sync_folder(run.root / FOLDER)
+        for folder in (run.root / FOLDER, run.root):
+            sync_folder(folder)
     log.info("versions: kept as number %d", number)
     return number
 
@@ -102,7 +103,8 @@ def put_back(run: Run, card: dict) -> None:
         path = folder / item["file"]
         if Path(item["file"]).name != item["file"] or not path.is_file() or digest(path) != item["sha256"]:
             raise DataError(f"{path}: missing or changed since it was kept; choose another version")
-        write_bytes(attempt / item["file"], path.read_bytes())
+        with explained(attempt, "write to"):
+            write_bytes(attempt / item["file"], path.read_bytes())
     facts = {key: value for key, value in manifest.items() if key not in OWN}
     run.commit("calibrate", attempt, manifest["recipe"], manifest["tables"], facts)
 
@@ -165,10 +167,12 @@ def _marks(card):
 
 def _card(path):
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        with explained(path, "read"):
+            content = path.read_bytes()
+        card = json.loads(content)
         card["number"], card["when"], card["calibrate"]["recipe"]["settings"], card["calibrate"]["recipe"]["inputs"]
         card["calibrate"]["tables"], card["calibrate"]["fingerprint"], card["evaluate"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (InputError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path}: {shown(str(error), 100)}; not the card of a version: remove its folder") from error
     return card
 

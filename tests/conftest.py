@@ -1,6 +1,8 @@
 """Fixtures: the toy corpus, one Spark session per process, the folder of real corpora."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,24 @@ SMALL = ("train.labels_per_block=2", "mlflow.enabled=false", "spark.master=local
 def own_home(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("TAGMILL_HOME", str(tmp_path_factory.getbasetemp() / "home"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="session")
+def memory(tmp_path_factory):
+    """A folder in memory where there is such a place: a thousand calls of fsync cost nothing there."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path_factory.mktemp("memory")
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="tagmill-tests-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def quick_path(memory):
+    """As tmp_path, in memory."""
+    folder = Path(tempfile.mkdtemp(dir=memory))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

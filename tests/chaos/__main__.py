@@ -88,6 +88,8 @@ class Local:
     victims = VICTIMS
     environment: ClassVar[dict[str, str]] = {}
     sets: tuple[str, ...] = ()
+    prefix: tuple[str, ...] = ()  # of the command line: a program that looks on
+    umask = -1  # that of this process
     master = "local[2]"
 
     def processes(self) -> list[psutil.Process]:
@@ -100,7 +102,7 @@ class Local:
         pass
 
 
-class Cluster:
+class Cluster(Local):
     """A master and two workers; their executors carry the token of the cluster."""
 
     victims = (*VICTIMS, *SPARK_VICTIMS)
@@ -147,13 +149,19 @@ class Cluster:
 class Fit:
     """One start of the command; its processes carry a token of their own."""
 
-    def __init__(self, folder: Path, run: Path, place: Local | Cluster, mutation: str | None):
+    def __init__(self, folder: Path, run: Path, place: Local | Cluster, mutation: str | None = None):
         self.token = uuid.uuid4().hex
         self.run, self.place = run, place
         environment = {**os.environ, **place.environment, "TAGMILL_HOME": str(folder / "home"), "CHAOS_ID": self.token}
         if mutation:
             environment |= patched(**{"pipeline.store": f"tests.chaos.mutations:{mutation}"})
-        command = [str(Path(sys.executable).parent / "tagmill"), "fit", "--input", str(folder / "documents.jsonl")]
+        command = [
+            *place.prefix,
+            str(Path(sys.executable).parent / "tagmill"),
+            "fit",
+            "--input",
+            str(folder / "documents.jsonl"),
+        ]
         sets = (x for s in (*SETS, *place.sets) for x in ("--set", s))
         self.log = (folder / f"{self.token}.log").open("w+")
         self.began = time.monotonic()
@@ -163,6 +171,7 @@ class Fit:
             stderr=self.log,
             env=environment,
             start_new_session=True,
+            umask=place.umask,
         )
 
     def family(self) -> list[psutil.Process]:

@@ -211,6 +211,23 @@ def test_a_cluster_of_ones_own_gives_the_bytes_of_one_process(own_cluster, local
 
 
 @pytest.mark.slow
+def test_speculation_changes_no_byte(own_cluster, local, toy, tmp_path, monkeypatch):
+    """Nearly every task runs twice at once, and either may win."""
+    folder, master = own_cluster
+    monkeypatch.setenv("SPARK_CONF_DIR", str(folder / "conf"))
+    twice = {
+        "spark.speculation": "true",
+        "spark.speculation.interval": "10ms",
+        "spark.speculation.minTaskRuntime": "1ms",
+        "spark.speculation.multiplier": "1.01",
+        "spark.speculation.quantile": "0.01",
+    }
+    settings = [f"spark.options.{key}={json.dumps(value)}" for key, value in twice.items()]
+    run = fit(toy, tmp_path / "run", master, tmp_path / "home", *settings)
+    assert prints(run) == prints(local)
+
+
+@pytest.mark.slow
 def test_a_driver_without_the_secret_is_refused(own_cluster, toy, tmp_path):
     _, master = own_cluster
     command = [TAGMILL, "fit", "--input", str(toy), "--run", str(tmp_path / "run"), "--master", master]

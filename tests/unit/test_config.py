@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -473,3 +474,42 @@ def test_one_number_or_several():
     assert again == cfg
     assert flat(Config())["train.C"] == 0.5  # a single value is shown as such
     assert flat(cfg)["train.C"] == [1.0, 10.0, 30.0]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "spark.options.spark.authenticate.secret=canary",
+        "spark.options.spark.hadoop.fs.s3a.secret.key=canary",
+        "spark.options.spark.hadoop.fs.s3a.access.key=canary",
+        "spark.options.spark.ssl.keyPassword=canary",
+        "spark.options.spark.kubernetes.authenticate.submission.oauthToken=canary",
+        "mlflow.tracking_uri=https://me:canary@host/",
+    ],
+)
+def test_secrets_are_refused_and_not_repeated(setting, tmp_path):
+    key, value = setting.split("=", 1)
+    with pytest.raises(ConfigError) as caught:
+        config.load(sets=[setting])
+    assert key in str(caught.value)
+    assert "canary" not in str(caught.value)
+    section, name = key.split(".")[:2]
+    nested = {section: {name: value if name == "tracking_uri" else {key.split(".", 2)[2]: value}}}
+    path = tmp_path / "settings.yaml"
+    path.write_text(json.dumps(nested))  # JSON is YAML
+    with pytest.raises(ConfigError):
+        config.load(path)
+    config.load(base=nested)  # a run of before is read
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "spark.hadoop.fs.s3a.aws.credentials.provider",
+        "spark.authenticate.secret.file",
+        "spark.authenticate.secretBitLength",
+        "spark.security.credentials.hadoopfs.enabled",
+    ],
+)
+def test_settings_about_secrets_are_none(key):
+    assert key in config.load(sets=[f"spark.options.{key}=x"])[0].spark.options

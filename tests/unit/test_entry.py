@@ -182,6 +182,21 @@ time.sleep(60)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGINT, 130)])
+def test_a_signal_in_a_destructor_is_not_lost(number, code):
+    prelude = f"""
+class Slow:
+    def __del__(self):
+        os.kill(os.getpid(), {int(number)})
+        for _ in range(1000): pass
+"""
+    process = program("Slow()\ntime.sleep(60)", prelude)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert err.count("\n") == 1
+    assert "run the same command again to go on" in err
+
+
 def test_nohup_is_respected():
     process = program(
         'os.kill(os.getpid(), signal.SIGHUP)\nprint("still here")', "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
@@ -245,6 +260,12 @@ Traceback (most recent call last):
             "cannot use /x/part: No space left on device; free some space and run the same command again",
         ),
         ("OSError: [Errno 28] No space left on device", StorageError, "cannot use a file: No space left on device; f"),
+        (
+            "OSError: [Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device: '/x/part'\n",
+            StorageError,
+            "cannot use /x/part: No space left on device; free some space",
+        ),
+        ("FileExistsError: [Errno 17] File exists: '/x' -> '/y'", StorageError, "cannot use /x: File exists"),
         ("OSError: [Errno 5] Input/output error: '/x'", StorageError, "cannot use /x: Input/output error"),
         ("PermissionError: [Errno 13] Permission denied: '/x y'", PermissionError_, "cannot use /x y: Permission"),
         ("FileNotFoundError: [Errno 2] No such file or directory: '/x'", InputError, "cannot use /x: No such file"),

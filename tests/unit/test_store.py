@@ -46,9 +46,9 @@ def folds(n):
     return pa.table({"row": pa.array(range(n), pa.int64()), "fold": pa.array([k % 3 for k in range(n)], pa.int32())})
 
 
-def publish(run, value, stage="split", rows=5):
+def publish(run, value, stage="split", rows=5, attempt=None):
     """Commit a stage whose content and fingerprint follow `value`."""
-    attempt = run.attempt(stage)
+    attempt = attempt or run.attempt(stage)
     parts = [write_part(attempt, "folds", folds(rows + value), k) for k in range(2)]
     support = pa.table({name: pa.array([value], f.type) for name, f in fields("label_support")})
     tables = {"folds": parts, "label_support": [write_part(attempt, "label_support", support, 0)]}

@@ -400,7 +400,9 @@ def listening(answer=None):
 
 
 def refusal(sent, port, seconds, kind=ServiceError):
-    cfg = settings(f"mlflow.tracking_uri=http://me:{SECRET}@127.0.0.1:{port}")
+    cfg = settings()  # the address comes from a run of before, or from MLFLOW_TRACKING_URI: as a setting it is refused
+    address = {"tracking_uri": f"http://me:{SECRET}@127.0.0.1:{port}"}
+    cfg = cfg.model_copy(update={"mlflow": cfg.mlflow.model_copy(update=address)})
     start = time.monotonic()
     with pytest.raises(kind) as caught:
         tracking.send(sent.run, cfg)
