@@ -25,9 +25,9 @@ ConfigFile = Annotated[
     str | None, typer.Option("--config", metavar="FILE", help="YAML with what differs from the defaults.")
 ]
 Master = Annotated[str | None, typer.Option(metavar="URL", help="Spark master; default local[*].")]
-_PATH = typer.Option(metavar="PATH", help="Parquet, JSON Lines, CSV, TSV: file, folder, glob; or table:NAME.")
+_PATH = typer.Option(metavar="PATH", help="Parquet, JSON Lines, CSV, TSV: file, folder, glob, URI; or table:NAME.")
 Input = Annotated[str, _PATH]
-RunDir = Annotated[str, typer.Option(metavar="DIR", help="Run folder.")]
+RunDir = Annotated[str, typer.Option(metavar="DIR", help="Run folder, or its URI in an object store.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo what was made with other settings or input.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Traceback on failure.")]
 

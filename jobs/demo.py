@@ -13,8 +13,9 @@ from rich.text import Text
 from jobs import entry, show
 from pipeline import config as configuration
 from pipeline import docstrings
-from pipeline.errors import shown
-from pipeline.store import Run, explained
+from pipeline.errors import ConfigError, shown
+from pipeline.storage import explained, is_uri
+from pipeline.store import Run
 
 log = logging.getLogger("tagmill")
 
@@ -24,6 +25,8 @@ CONFIG = Path(__file__).parent.parent / "conf" / "demo.yaml"
 def demo(run_dir: str, sets: list[str]) -> None:
     """Build the corpus where it is not there yet, fit, print metrics, five tagged documents and what to open."""
     cfg, _ = configuration.load(CONFIG if CONFIG.is_file() else None, sets)
+    if is_uri(run_dir):
+        raise ConfigError(f"--run {shown(run_dir)}: the demo writes its corpus beside its run; give a folder")
     path = corpus(Path(os.path.abspath(run_dir)))
     # the libraries may have changed since the last demo; its run folder is ours to redo
     run = entry.fit(run_dir, str(path), cfg, overwrite=True)

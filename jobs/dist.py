@@ -10,6 +10,7 @@ The executors' hosts need Spark and the same minor version of Python, at the pat
 import argparse
 import gzip
 import importlib.metadata
+import importlib.util
 import io
 import logging
 import subprocess
@@ -25,13 +26,15 @@ from packaging.requirements import Requirement
 from jobs.entry import guarded, logging_to_stderr
 from pipeline.errors import ConfigError
 from pipeline.host import shown_bytes
-from pipeline.store import replacing
+from pipeline.storage import replacing
 
 log = logging.getLogger("tagmill")
 
 ROOT = Path(__file__).parents[1]
 # what tasks import; the driver's packages (MLflow, Spark's jars, a Java runtime, ...) stay behind
-WANTED = ("numpy", "scipy", "numba", "pandas", "pyarrow", "psutil", "platformdirs", "pydantic", "pyyaml")
+WANTED: tuple[str, ...] = ("numpy", "scipy", "numba", "pandas", "pyarrow", "psutil", "platformdirs", "pydantic")
+WANTED += ("pyyaml", "fsspec", "universal-pathlib")
+WANTED += tuple(name for name in ("s3fs", "gcsfs", "adlfs") if importlib.util.find_spec(name))  # of object stores
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 SITE = f"lib/python{VERSION}/site-packages"
 

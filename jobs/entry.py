@@ -27,7 +27,8 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError, TagmillError, shown
 from pipeline.flow import FIT, Stage, upstream
 from pipeline.stages import poison
-from pipeline.store import FAILURE, Run, digest, explained, fingerprint, stages_done, write_json
+from pipeline.storage import digest, explained
+from pipeline.store import FAILURE, Run, fingerprint, stages_done, write_json
 
 log = logging.getLogger("tagmill")
 
@@ -275,7 +276,8 @@ def _failure_kept(run, stage):
         code = code or (known.code if known else TagmillError.code)
         message = one_line(known or error) or type(error).__name__
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        with contextlib.suppress(OSError):  # a full disk is the error itself
+        with contextlib.suppress(OSError, TagmillError):  # a full disk, a lost lease is the error itself
+            run.fenced()
             write_json(run.root / FAILURE, {"stage": stage, "code": code, "message": message, "when": when})
         raise
 

@@ -1,11 +1,9 @@
 """The input of a job: files, or a Spark table, which is written to files of the run before it is read."""
 
 import dataclasses
-import os
-import shutil
 
-from pipeline import sources
-from pipeline.errors import InputError, shown
+from pipeline import sources, storage
+from pipeline.errors import ConfigError, InputError, shown
 from pipeline.store import Run
 
 TABLE = "table:"
@@ -18,15 +16,11 @@ def is_table(path: str) -> bool:
 
 def location(path: str) -> str:
     """`path` as it goes into run.json: absolute, and a table by its name."""
-    return path if is_table(path) else os.path.abspath(path.removeprefix("file://"))
+    return path if is_table(path) else str(storage.place(path))
 
 
 def planned(path: str, cfg, spark=None, need_labels: bool = True) -> sources.Plan:
     """What is to be read; of a table, which needs a session, its identity only: `exported` writes its rows."""
-    if "://" in path.removeprefix("file://"):
-        raise InputError(
-            f"{shown(path)}: expected a path, file://PATH or table:NAME; mount the storage or make a table"
-        )
     if not is_table(path):
         return sources.plan(path, cfg.input, need_labels=need_labels)
     table = _table(path, cfg, spark)
@@ -40,7 +34,12 @@ def exported(plan: sources.Plan, cfg, spark, run: Run, need_labels: bool = True)
     if not is_table(path):
         return plan
     folder = run.root / "ingest" / f"table-{mark}"
-    shutil.rmtree(folder, ignore_errors=True)
+    if isinstance(folder, storage.ObjectPath):
+        raise ConfigError(
+            f"{shown(path)}: Spark writes a table's rows, and run folders in an object store are written without it; "
+            "write the table to files and give their URI, or choose a --run on a file system that all hosts share"
+        )
+    storage.remove(folder)
     spark.sparkContext.setJobDescription("ingest: rows of the table")
     _table(path, cfg, spark).write.parquet(folder.as_uri())
     files = sources.plan(str(folder), cfg.input, need_labels=need_labels)

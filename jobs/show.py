@@ -1,9 +1,7 @@
 """What `tagmill show` prints: metrics, labels, stages, one label, one table, the settings."""
 
 import json
-import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +15,8 @@ from rich.text import Text
 from pipeline import config as configuration
 from pipeline.errors import ConfigError, InputError, shown
 from pipeline.flow import FIT
-from pipeline.store import Run, explained, replacing, stages_done
+from pipeline.storage import explained, place, replacing
+from pipeline.store import Run, stages_done
 from pipeline.tables import TABLES
 from pipeline.tracking import redacted
 
@@ -291,7 +290,7 @@ def table(run: Run, name: str, output: str | None, as_json: bool) -> None:
     rows = run.read(name)
     rows = rows.sort_by(TABLES[name].order).combine_chunks()
     if output:
-        _write_table(rows, Path(os.path.abspath(output)))
+        _write_table(rows, place(output))
         print(output)
     elif as_json:
         for batch in rows.to_batches(max_chunksize=1000):

@@ -12,6 +12,7 @@ from jobs.show import console
 from pipeline import errors
 from pipeline.errors import shown
 from pipeline.flow import FIT
+from pipeline.storage import Place
 from pipeline.store import FAILURE, Run
 
 UNFINISHED = 1  # exit code: nobody works on it, and nothing says why
@@ -93,7 +94,7 @@ def blocks(run: Run, stages: list[dict]) -> dict | None:
     markers = list(plan.parent.glob("block-*.json"))
     left = None
     total, now = len(_json(plan) or ()), time.time()
-    begun = max([_modified(run.root / ".lock"), _modified(run.root / "featurize" / "MANIFEST.json")])
+    begun = max([_modified(_lock(run)), _modified(run.root / "featurize" / "MANIFEST.json")])
     fresh = sum(_modified(path) >= begun for path in markers)
     if state == "running" and fresh:
         left = round(max(now - begun, 0.0) / fresh * max(total - len(markers), 0), 1)
@@ -120,7 +121,12 @@ def _begun(run, stage):
     return folder.is_dir() and any(folder.iterdir())
 
 
-def _modified(path: Path) -> float:
+def _lock(run):
+    """The file that was made, or written last, when the lock was taken."""
+    return run.root / ".lock" if isinstance(run.root, Path) else run.root / "run.json"
+
+
+def _modified(path: Place) -> float:
     with contextlib.suppress(OSError):  # a file that was just renamed, or is not there yet
         return path.stat().st_mtime
     return 0.0

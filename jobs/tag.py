@@ -1,7 +1,9 @@
 """Tag new documents with a fitted run or a registered model.
 
 The output folder appears whole or not at all: the work is done in a hidden folder beside it, which takes its name at
-the end and is kept when the work is interrupted, so that the same command goes on where it stopped.
+the end and is kept when the work is interrupted, so that the same command goes on where it stopped.  In an object store
+nothing can be renamed: the objects are copied and the manifest `_MANIFEST.json` is the last; without it the output is
+not finished.
 """
 
 import ctypes
@@ -13,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from jobs import inputs
@@ -20,16 +23,19 @@ from jobs.entry import Job, code_version, stage_settings
 from jobs.meter import Meter
 from jobs.progress import watching
 from pipeline.config import Config
-from pipeline.errors import ConfigError, DataError, InputError
+from pipeline.errors import ConfigError, DataError, InputError, shown
 from pipeline.flow import FIT
+from pipeline.lease import FOLDER
 from pipeline.sources import refuse_changed
 from pipeline.stages import ingest as ingesting
 from pipeline.stages import poison
 from pipeline.stages import tag as tagging
-from pipeline.store import Run, digest, explained, fingerprint, sync_file, sync_folder, write_json
+from pipeline.storage import ObjectPath, copy, digest, explained, place, remove, shipped, sync_folder
+from pipeline.store import Run, fingerprint, write_json
 
 log = logging.getLogger("tagmill")
 
+PUBLISHING = "publishing.json"  # in the work: the output is being copied
 CARD = "_MANIFEST.json"  # an underscore hides it from readers of the Parquet folder, as Spark's and Arrow's do
 
 
@@ -40,7 +46,9 @@ def tag(
 
     Raises ConfigError where `output` holds something else, InputError where the run is not finished.
     """
-    out = Path(os.path.abspath(output.removeprefix("file://")))
+    out = place(output)
+    if not out.name:
+        raise ConfigError(f"--output {shown(output)}: is a bucket; expected a name in it, which becomes the folder")
     # gold labels and splits of what is tagged are nobody's business here: they refuse no document
     cfg = cfg.model_copy(update={"input": cfg.input.model_copy(update={"labels": None, "split": None})})
     plan = None if inputs.is_table(input_path) else inputs.planned(input_path, cfg, need_labels=False)
@@ -63,22 +71,23 @@ def tag(
         current = _card(out)
         if current and current["fingerprint"] == mark and _whole(out, current):
             log.info("tag: up to date (%s)", current["summary"])
-            shutil.rmtree(work.root)
+            _clear(work)
             return current
         damaged = current is not None and current["fingerprint"] == mark
-        if out.exists() and (out.is_file() or any(out.iterdir())) and not overwrite and not damaged:
+        begun = _published_in_part(work, mark)
+        if out.exists() and (out.is_file() or any(out.iterdir())) and not (overwrite or damaged or begun):
             what = "tags of another input, model or setting" if current else "something else"
             work_is_new = not (work.root / "ingest").exists()
             if work_is_new:
-                shutil.rmtree(work.root)
+                _clear(work)
             raise ConfigError(f"{out}: holds {what}; choose another --output, or --overwrite to replace it")
         try:
-            card = _tag(job, plan, source, settings, recipe, out)
+            card = begun or _tag(job, plan, source, settings, recipe)
         finally:
             job.stop()
         with explained(out, "publish"):
-            _publish(work.root / "result", out)
-        shutil.rmtree(work.root)
+            _publish(work, out, card)
+        _clear(work)
     log.info("tag: %s", card["summary"])
     return card
 
@@ -99,8 +108,13 @@ def _fitted(run_dir, model, cfg, work):
         )
     from pipeline import tracking
 
-    folder, facts = tracking.fetch_model(model, cfg.mlflow, work.root / "model")
-    return {"bundle": str(folder)}, {"max_tags": cfg.tag.max_tags}, facts
+    settings = {"max_tags": cfg.tag.max_tags}
+    if not isinstance(work.root, ObjectPath):
+        folder, facts = tracking.fetch_model(model, cfg.mlflow, work.root / "model")
+        return {"bundle": str(folder)}, settings, facts
+    with tempfile.TemporaryDirectory(prefix="tagmill-") as local:
+        folder, facts = tracking.fetch_model(model, cfg.mlflow, Path(local) / "model")
+        return {"bundle": shipped(folder, work.root / "model", cfg.spark.cache_dir)}, settings, facts
 
 
 def tagger_settings(fitted: Config, cfg: Config) -> dict:
@@ -125,7 +139,7 @@ def _refuse_mixture(run):
                 )
 
 
-def _tag(job, plan, source, settings, recipe, out):
+def _tag(job, plan, source, settings, recipe):
     work, cfg = job.run, job.cfg
     mark = fingerprint(recipe)
     with Meter() as meter:
@@ -135,12 +149,11 @@ def _tag(job, plan, source, settings, recipe, out):
             manifest = _ingested(job, plan, recipe, convicted)
             log.info("ingest: %s", ingesting.summary(manifest, manifest["rows"]))
             result = work.root / "result"
-            shutil.rmtree(result, ignore_errors=True)
+            remove(result)
             result.mkdir(mode=0o750)
             guard = poison.Guard.of("tag", result, cfg.spark)
-            tagged = functools.partial(
-                tagging.tag, job.spark, work.files("documents"), result, source, settings, mark, guard
-            )
+            documents, cache = work.files("documents"), cfg.spark.cache_dir
+            tagged = functools.partial(tagging.tag, job.spark, documents, result, source, settings, mark, guard, cache)
             with watching(job.spark.sparkContext, "tag"):
                 outcome, found = poison.judged(result, tagged)
             if outcome is not None:
@@ -152,8 +165,7 @@ def _tag(job, plan, source, settings, recipe, out):
         rejects = result / "_rejects"
         rejects.mkdir()
         for path in work.files("rejects"):
-            shutil.copyfile(path, rejects / path.name)
-            sync_file(rejects / path.name)
+            copy(path, rejects / path.name)
         sync_folder(rejects)
     rows = {"tags": sum(item["rows"] for item in outcome.tables["tags"])}
     card = {
@@ -176,6 +188,36 @@ def _tag(job, plan, source, settings, recipe, out):
     return card
 
 
+def _clear(work):
+    """Remove the work; of an object store all but the lease, whose number must not be given again."""
+    remove(work.root, keep=(FOLDER,) if isinstance(work.root, ObjectPath) else (), strict=True)
+
+
+def _published_in_part(work, mark):
+    """The card of a result that was being copied when its process was killed; None where there is none."""
+    if not isinstance(work.root, ObjectPath) or not (work.root / PUBLISHING).is_file():
+        return None
+    card = _card(work.root / "result")
+    return card if card and card["fingerprint"] == mark else None
+
+
+def _copy_to(work, out, card):
+    """Copy the finished objects to `out`: the old card goes first, the new one comes last."""
+    result = work.root / "result"
+    names = [item["file"] for item in card["tables"]["tags"]]
+    names += [f"_rejects/{path.name}" for path in (result / "_rejects").iterdir()]
+    work.fenced()
+    write_json(work.root / PUBLISHING, {"fingerprint": card["fingerprint"]})
+    (out / CARD).unlink(missing_ok=True)
+    for path in [*out.iterdir(), *(out / "_rejects").iterdir()]:
+        if path.name != "_rejects" and str(path.relative_to(out)) not in names:
+            remove(path, strict=True)  # a reader would take it for tags
+    for name in names:
+        copy(result / name, out / name)
+    work.fenced()
+    copy(result / CARD, out / CARD)
+
+
 def _ingested(job, plan, recipe, convicted):
     """The manifest of the documents without the convicted ones; they are read again where it is of others."""
     work, cfg = job.run, job.cfg
@@ -193,8 +235,12 @@ def _ingested(job, plan, recipe, convicted):
     return work.commit("ingest", attempt, recipe, outcome.tables, outcome.facts)
 
 
-def _publish(result, out):
+def _publish(work, out, card):
     """Give the finished folder its name in one step; an older one takes the place of `result`, or steps aside first."""
+    if isinstance(out, ObjectPath):
+        _copy_to(work, out, card)
+        return
+    result = work.root / "result"
     if not out.exists():
         os.rename(result, out)
     elif not _exchanged(result, out):
@@ -228,6 +274,8 @@ def _remove(aside):
 
 def _recover(out):
     """Put back an older output that a killed replacement had set aside; what it had replaced already is removed."""
+    if isinstance(out, ObjectPath):
+        return
     for aside in sorted(out.parent.glob(f".{glob.escape(out.name)}.{'[0-9a-f]' * 8}.old")):
         if out.exists():
             _remove(aside)

@@ -275,7 +275,9 @@ class SparkConfig(Section):
         "2g", pattern=r"^[1-9]\d{0,5}[mg]$", description="heap of the driver's JVM, such as 900m or 2g"
     )
     wait: PositiveInt = Field(300, le=86_400, description="seconds for the first executor of a cluster to start")
-    cache_dir: str = Field("", description="host folder of the shared feature matrix; empty: the temporary folder")
+    cache_dir: str = Field(
+        "", description="host folder of the feature matrix and of copies of objects; empty: the temporary folder"
+    )
     document_seconds: PositiveFloat = Field(
         60, le=86_400, description="seconds for each MB of text begun; a document that takes longer alone is rejected"
     )

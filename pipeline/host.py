@@ -1,9 +1,11 @@
-"""A host: the memory that it has left within its control group, its disk, a lock among its processes."""
+"""A host: the memory left within its control group, its disk, a lock and folders that its processes share."""
 
 import contextlib
 import fcntl
+import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -51,6 +53,37 @@ def alone(path: Path) -> Iterator[None]:
     with open(path, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def host_folder(cache_dir: str, key: str) -> Path:
+    """Where this host keeps the arrays `key`; private to the user."""
+    root = Path(cache_dir or tempfile.gettempdir()) / f"tagmill-{os.getuid()}"
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if root.is_symlink() or root.stat().st_uid != os.getuid():
+        raise PermissionError(13, "belongs to another user", str(root))
+    return root / key
+
+
+def shared(folder: Path, build: Callable[[Path], None]) -> bool:
+    """Have `folder` built by exactly one process of this host; whether it was this one."""
+    built = False
+    if not folder.is_dir():
+        with alone(folder.with_name(folder.name + ".lock")):
+            if not folder.is_dir():
+                part = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+                try:
+                    build(part)
+                    os.rename(part, folder)
+                    built = True
+                finally:
+                    shutil.rmtree(part, ignore_errors=True)
+    return built
+
+
+def clean(folder: Path) -> None:
+    """Remove a shared folder; processes that have it mapped keep their pages."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.with_name(folder.name + ".lock").unlink(missing_ok=True)
 
 
 def shown_bytes(count: float) -> str:

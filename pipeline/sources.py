@@ -1,4 +1,4 @@
-"""Users' input files -> Arrow record batches, without Spark.
+"""Users' input files, or objects of a store by their URI -> Arrow record batches, without Spark.
 
     plan(path)         -> which files, each with size and SHA-256, cut into splits of about equal size
     read_split(split)  -> record batches of RAW_SCHEMA, one row per record of the split, accepted or rejected
@@ -10,6 +10,7 @@ missing_doc_id, missing_text, too_many_labels, label_too_long, unknown_split.
 """
 
 import csv
+import errno
 import glob
 import hashlib
 import json
@@ -29,6 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline import storage
 from pipeline.errors import ConfigError, InputError, PermissionError_, StorageError, TagmillError, shown
 
 RAW_SCHEMA = pa.schema(
@@ -179,13 +181,13 @@ def plan(path: str, fmt: Any, target_bytes: int = 64 << 20, need_labels: bool = 
 def read_split(split: Split, fmt: Any) -> Iterator[pa.RecordBatch]:
     """Batches of RAW_SCHEMA: at most 1024 rows, and 16 MB of text unless one document is larger."""
     try:
-        with open(split.file, "rb") as file:
+        with storage.opened(split.file) as file:
             if split.format == "parquet":
                 yield from _parquet_batches(file, split, fmt)
             else:
                 rows = _json_rows if split.format == "jsonl" else _csv_rows
                 yield from _batches(split.file, rows(file, split, fmt))
-                size = os.stat(split.file).st_size
+                size = storage.size(split.file)
                 if size < split.stop:
                     raise _Unfit(f"has {size} bytes, {split.stop} were expected: it was cut while in use; run again")
     except _Unfit as unfit:
@@ -201,7 +203,7 @@ def refuse_changed(plan: Plan) -> None:
         if path not in read:
             continue
         try:
-            with open(path, "rb") as file:
+            with storage.opened(path) as file:
                 now = _digest(file)
         except OSError as error:
             raise _in_our_words(path, error) from error
@@ -214,6 +216,8 @@ def refuse_changed(plan: Plan) -> None:
 
 def _listed(path: str) -> tuple[list[str], list[tuple[str, str]]]:
     """Files that may be input, sorted, and what is ignored."""
+    if storage.is_uri(path):
+        return _listed_objects(path)
     # absolute: an executor has another working directory
     path = os.path.abspath(path.removeprefix("file://"))
     found: set[str] = set()
@@ -232,6 +236,21 @@ def _listed(path: str) -> tuple[list[str], list[tuple[str, str]]]:
             found.add(path)  # named by the user: read whatever its name begins with
         else:
             _gather(path, [], found, ignored)
+    return sorted(found), list(ignored.items())
+
+
+def _listed_objects(uri: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """The same of objects, whose names begin with `uri` or match it."""
+    found, ignored = [], {}
+    for name, below in storage.objects(uri):
+        if any(part.startswith(("_", ".")) for part in below):
+            ignored[name] = "hidden"
+        elif name.lower().endswith((".crc", ".tmp")):
+            ignored[name] = "left by another program"
+        else:
+            found.append(name)
+    if not found and not ignored:
+        raise FileNotFoundError(errno.ENOENT, "no such object", uri)
     return sorted(found), list(ignored.items())
 
 
@@ -260,7 +279,7 @@ def _gather(path: str, names: list[str], found: set[str], ignored: dict[str, str
 
 
 def _examined(path: str, fmt: Any, target: int, need_labels: bool) -> tuple[list[Split], tuple[str, int, str]]:
-    with open(path, "rb") as file:
+    with storage.opened(path) as file:
         size = file.seek(0, os.SEEK_END)
         kind = _kind(path, file, size, fmt.format)
         file.seek(0)

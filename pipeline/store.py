@@ -1,7 +1,7 @@
 """The run folder: tables, manifests, fingerprints, one writer.
 
     RUN/run.json                               configuration and input of the run
-    RUN/.lock                                  held by the one process that writes
+    RUN/.lock                                  held by the one process that writes; in an object store `lease`
     RUN/<stage>/<attempt>/<table>-00000.parquet
     RUN/<stage>/MANIFEST.json                  which files count: written last, atomically
     RUN/failure.json                           why the last command stopped, if it did
@@ -12,7 +12,7 @@
 
 A stage writes into a folder that is new for the attempt; nothing reads that folder until the manifest names its files
 with their sizes and SHA-256.  A killed attempt therefore changes nothing that anyone sees.  Readers follow the manifest
-and never list a folder.
+and never list a folder.  A run folder is one of a file system, or a URI of an object store (`storage`).
 """
 
 import contextlib
@@ -22,18 +22,20 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import socket
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import ConfigError, DataError, InputError, LockedError, PermissionError_, StorageError, shown
+from pipeline import lease, storage
+from pipeline.errors import ConfigError, DataError, InputError, LockedError, shown
 from pipeline.flow import FIT, stage_of
+from pipeline.storage import Mapped, ObjectPath, Place, digest, explained, named, replacing, sync_folder
 from pipeline.tables import TABLES, conform
 
 FORMAT = 1  # of the run folder; a larger number is refused
@@ -42,85 +44,20 @@ FAILURE = "failure.json"  # stage, code, message, when: why the last command sto
 PROBE = ".probe-"  # folder by which driver and executors find out whether they see the same storage
 
 
-@contextlib.contextmanager
-def explained(path: object, what: str) -> Iterator[None]:
-    """Turn the operating system's refusals into our errors, which name the path."""
-    try:
-        yield
-    except (ConnectionRefusedError, ConnectionResetError):
-        raise  # of a service, not of a disk
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        message = f"cannot {what} {shown(error.filename or path, 300)}: {reason}"
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise PermissionError_(f"{message}; give write permission or choose another folder") from error
-        if error.errno == errno.ELOOP:
-            raise PermissionError_(f"{message}; a symbolic link stands where a file was expected: remove it") from error
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            raise InputError(message) from error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(f"{message}; free some space and run the same command again") from error
-        raise StorageError(message) from error
-
-
-@contextlib.contextmanager
-def _named(path):
-    """The system does not say the name of an open file that it cannot read or write."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-def sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name when the block ends well: old or new, never between."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with _named(path):
-            # nobody else's business, and no link that waits under this name is followed
-            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640))
-            yield part
-            sync_file(part)
-            os.replace(part, path)
-            sync_folder(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Place, content: bytes) -> None:
     with replacing(path) as part:
         part.write_bytes(content)
 
 
-def write_json(path: Path, value: object) -> None:
-    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+def write_json(path: Place, value: object) -> None:
+    write_bytes(path, as_json(value))
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with _named(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def as_json(value: object) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def write_part(folder: Path, name: str, table: pa.Table | Iterable[pa.Table], number: int) -> dict:
+def write_part(folder: Place, name: str, table: pa.Table | Iterable[pa.Table], number: int) -> dict:
     """Write one Parquet part of the table `name`, atomically; the entry of its manifest comes back.
 
     The bytes depend on the rows and on the tables that they come in (a row group each), not on a table's chunks, so
@@ -128,14 +65,15 @@ def write_part(folder: Path, name: str, table: pa.Table | Iterable[pa.Table], nu
     """
     path = folder / f"{name}-{number:05d}.parquet"
     rows = 0
-    with replacing(path) as part, pq.ParquetWriter(part, TABLES[name].schema, compression="zstd") as writer:
-        for piece in [table] if isinstance(table, pa.Table) else table:
-            writer.write_table(conform(piece, name))
-            rows += piece.num_rows
-    return entry(path, folder, rows)
+    with replacing(path) as part:
+        with pq.ParquetWriter(part, TABLES[name].schema, compression="zstd") as writer:
+            for piece in [table] if isinstance(table, pa.Table) else table:
+                writer.write_table(conform(piece, name))
+                rows += piece.num_rows
+        return {**entry(part, part.parent, rows), "file": path.name}
 
 
-def entry(path: Path, folder: Path, rows: int) -> dict:
+def entry(path: Any, folder: Any, rows: int) -> dict:
     return {"file": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": digest(path), "rows": rows}
 
 
@@ -145,14 +83,11 @@ def fingerprint(recipe: dict) -> str:
 
 
 class Run:
-    """A run folder, by its path.  Reading needs no lock; writing happens inside `with run.writing():`."""
+    """A run folder, by its path or URI.  Reading needs no lock; writing happens inside `with run.writing():`."""
 
-    def __init__(self, root: str | Path):
-        text = str(root).removeprefix("file://")
-        if "://" in text:
-            raise ConfigError(f"{shown(text)}: a run folder is a path (or file://) that driver and executors share")
-        # executors have another working directory, so every path that leaves here is absolute
-        self.root = Path(os.path.abspath(text))
+    def __init__(self, root: str | Place):
+        self.root = storage.place(root)
+        self.lease: lease.Lease | None = None  # while this process writes to an object store
 
     def __repr__(self) -> str:
         return f"Run({str(self.root)!r})"
@@ -180,6 +115,7 @@ class Run:
 
     def create(self, info: dict) -> None:
         """Write run.json, which makes the folder a run."""
+        self.fenced()
         _drop_unfinished(self.root)
         write_json(self.root / "run.json", {"format": FORMAT, **info})
 
@@ -190,7 +126,7 @@ class Run:
                 raise ConfigError(f"{self.root}: is a file; expected a new or empty folder: choose another --run")
             self.root.mkdir(parents=True, exist_ok=True, mode=0o750)
             # a run that was killed before its run.json stood leaves the lock, a temporary file, a probe: all are ours
-            ours = re.compile(rf"\.lock|\.run\.json\.[0-9a-f]{{8}}\.tmp|{re.escape(PROBE)}[0-9a-f]{{8}}")
+            ours = re.compile(rf"\.lock|\.lease|\.run\.json\.[0-9a-f]{{8}}\.tmp|{re.escape(PROBE)}[0-9a-f]{{8}}")
             foreign = [p.name for p in self.root.iterdir() if not ours.fullmatch(p.name)] if not self.exists else []
         if foreign:
             raise ConfigError(
@@ -200,7 +136,19 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the folder's lock; the kernel frees it when the holder dies.  Raises LockedError naming the holder."""
+        """Hold the folder's lock; the kernel frees it when the holder dies.  Raises LockedError naming the holder.
+
+        In an object store it is a lease, which ends some time after its holder.
+        """
+        if isinstance(self.root, ObjectPath):
+            with contextlib.ExitStack() as stack:
+                with explained(self.root, "lock"):
+                    self.lease = stack.enter_context(lease.held(self.root))
+                try:
+                    yield
+                finally:
+                    self.lease = None
+            return
         path = self.root / ".lock"
         with explained(path, "lock"):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
@@ -227,6 +175,8 @@ class Run:
 
     def holder(self) -> str | None:
         """Who holds the folder's lock, as text, or None where nobody does."""
+        if isinstance(self.root, ObjectPath):
+            return lease.holder(self.root)
         path = self.root / ".lock"
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -242,6 +192,13 @@ class Run:
         finally:
             os.close(descriptor)
         return None
+
+    def fenced(self) -> None:
+        """Raises LockedError where another process has taken over the lease of an object store since."""
+        if isinstance(self.root, ObjectPath):
+            if self.lease is None:
+                raise AssertionError(f"{self.root}: written without its lease")
+            self.lease.check()
 
     # -- manifests -----------------------------------------------------------------------------------------------------
 
@@ -270,7 +227,7 @@ class Run:
                 return f"{path} has changed since it was written"
         return None
 
-    def attempt(self, stage: str, name: str | None = None) -> Path:
+    def attempt(self, stage: str, name: str | None = None) -> Any:
         """A folder for an attempt at a stage; a new one where no name is given."""
         folder = self.root / stage / (name or f"attempt-{uuid.uuid4().hex[:12]}")
         with explained(folder, "create"):
@@ -278,7 +235,7 @@ class Run:
                 made.mkdir(parents=True, exist_ok=True, mode=0o750)
         return folder
 
-    def commit(self, stage: str, attempt: Path, recipe: dict, tables: dict[str, list[dict]], facts: dict) -> dict:
+    def commit(self, stage: str, attempt: Place, recipe: dict, tables: dict[str, list[dict]], facts: dict) -> dict:
         """Publish an attempt: write the manifest, then drop what earlier attempts left behind.
 
         Call it after the last byte of data and never before.
@@ -297,15 +254,31 @@ class Run:
             sync_folder(attempt)
             sync_folder(self.root)  # which holds the folder of the stage
             _drop_unfinished(self.root / stage)
-            write_json(self.root / stage / MANIFEST, manifest)
+            if self.lease is None:
+                write_json(self.root / stage / MANIFEST, manifest)
+            else:
+                manifest["lease"] = self.lease.number
+                self._put_manifest(self.root / stage / MANIFEST, as_json(manifest))
             for other in (self.root / stage).iterdir():
                 if other.is_dir() and other.name != attempt.name:
-                    shutil.rmtree(other, ignore_errors=True)
+                    storage.remove(other)
         return manifest
+
+    def _put_manifest(self, path, content):
+        """Put a manifest where the one still stands that was there before the lease was looked at."""
+        assert self.lease is not None
+        for _ in range(3):  # a holder of before may have got in between, once
+            seen = storage.version_of(path)
+            self.lease.check()
+            if storage.publish(path, content, seen, self.lease.can):
+                return
+        raise LockedError(f"{path}: another process writes it too; stop it and run the same command again")
 
     def drop(self, stages: Iterable[str]) -> None:
         """Unpublish stages, last first, so that no manifest outlives one that it builds on."""
         stages = list(stages)
+        if stages:
+            self.fenced()
         if "evaluate" in stages:
             for copy in ("metrics.json", "report.html"):
                 (self.root / copy).unlink(missing_ok=True)
@@ -314,7 +287,7 @@ class Run:
 
     # -- tables --------------------------------------------------------------------------------------------------------
 
-    def files(self, table: str, verify: bool = False) -> list[Path]:
+    def files(self, table: str, verify: bool = False) -> list[Any]:
         """The files of a table, in order.  With `verify`, their SHA-256 is checked first: DataError names the file."""
         paths = []
         for path, item in self._items(self.finished(stage_of(table)), table):
@@ -322,6 +295,13 @@ class Run:
                 raise DataError(f"{path}: missing or changed since it was written; run the same `tagmill fit` again")
             paths.append(path)
         return paths
+
+    def mapped(self, table: str, cache_dir: str = "", verify: bool = False) -> Mapped:
+        """The files of a table to be memory-mapped, here or in a task; with `verify` as in `files`."""
+        items = self.finished(stage_of(table))["tables"][table]
+        # a copy is checked when it is made
+        files = self.files(table, verify and not isinstance(self.root, ObjectPath))
+        return Mapped(f"{self.root} {table}", tuple(map(str, files)), tuple(i["sha256"] for i in items), cache_dir)
 
     def read(self, table: str, columns: list[str] | None = None, verify: bool = False) -> pa.Table:
         """A table as its manifest has it, parts in order."""
@@ -331,23 +311,34 @@ class Run:
         parts = [_read_parquet(path, columns).cast(schema) for path in self.files(table, verify)]
         return pa.concat_tables([schema.empty_table(), *parts])
 
-    def _items(self, manifest: dict, table: str) -> Iterator[tuple[Path, dict]]:
+    def _items(self, manifest: dict, table: str) -> Iterator[tuple[Any, dict]]:
         """The files that a manifest names for a table, with their entries; none is outside of the run folder."""
         folder = self.root / manifest["stage"] / manifest["attempt"]
         place = f"{self.root}: the manifest of {shown(manifest['stage'])}"
         _expect(place, manifest["tables"], **{table: list})
         for item in manifest["tables"][table]:
             _expect(place, item, file=str, bytes=int, sha256=str, rows=int)
-            path = Path(os.path.realpath(str(folder / item["file"]).replace("\0", "\\0")))
-            if not path.is_relative_to(self.root.resolve()):
-                raise DataError(f"{place} names {shown(path, 300)}, outside of the run")
-            yield path, item
+            yield self._inside(folder, item["file"], place), item
+
+    def _inside(self, folder, name, place):
+        """The file `name` of a folder of the run.  Raises DataError where it is outside of the run."""
+        if isinstance(folder, ObjectPath):
+            parts = PurePosixPath(name)
+            outside = parts.is_absolute() or ".." in parts.parts or "\0" in name or "://" in name
+            path = name if outside else folder / name
+        else:
+            path = Path(os.path.realpath(str(folder / name).replace("\0", "\\0")))
+            outside = not path.is_relative_to(self.root.resolve())
+        if outside:
+            raise DataError(f"{place} names {shown(path, 300)}, outside of the run")
+        return path
 
 
 def _drop_unfinished(folder):
     """Remove what a killed writer of `folder` left under temporary names; the caller holds the lock."""
-    for part in folder.glob(".*.tmp"):
-        part.unlink(missing_ok=True)
+    if not isinstance(folder, ObjectPath):  # what is not put is not there
+        for part in folder.glob(".*.tmp"):
+            part.unlink(missing_ok=True)
 
 
 def _holder(descriptor):
@@ -369,7 +360,9 @@ def _expect(place, value, **kinds):
 
 def _read_parquet(path, columns):
     try:
-        with _named(path):
+        if isinstance(path, ObjectPath):
+            return storage.read_table(path, columns)
+        with named(path):
             return pq.ParquetFile(path).read(columns=columns)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
@@ -377,7 +370,7 @@ def _read_parquet(path, columns):
         raise DataError(f"{path}: missing or not readable as Parquet ({shown(error, 200)})") from error
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Place) -> dict:
     with explained(path, "read"):
         content = path.read_bytes()
     try:

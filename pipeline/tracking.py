@@ -30,7 +30,8 @@ import pyarrow.parquet as pq
 from pipeline.config import Config, MlflowConfig, flat
 from pipeline.errors import ConfigError, DataError, InputError, ServiceError, TagmillError, shown
 from pipeline.flow import FIT
-from pipeline.store import Run, digest, explained
+from pipeline.storage import digest, explained, fetch
+from pipeline.store import Run
 
 FINGERPRINT, SHA256, ALIAS = "tagmill.fingerprint", "tagmill.sha256", "tagmill.alias_given"
 MODEL = "tagger"  # name of the model inside an MLflow run, and of the bundle folder inside the model
@@ -405,7 +406,7 @@ def _send_files(client, run_id, folder, run, cfg, counts, evaluated):
     from pipeline import figures
 
     for name in ("metrics.json", "report.html"):
-        shutil.copyfile(run.files(name, verify=True)[0], folder / name)
+        fetch(run.files(name, verify=True)[0], folder / name)
     pq.write_table(counts, folder / "label_counts.parquet", compression="zstd")
     pq.write_table(run.read("thresholds", verify=True), folder / "thresholds.parquet", compression="zstd")
     (folder / "settings.json").write_text(json.dumps(_settings(cfg), indent=1, sort_keys=True), encoding="utf-8")

@@ -9,15 +9,13 @@ are few and small; reports, features and models are not among them.
 
 import json
 import logging
-import os
-import shutil
 import time
-import uuid
 from pathlib import Path
 
 from pipeline.config import Config, flat
 from pipeline.errors import DataError, InputError, shown
-from pipeline.store import MANIFEST, Run, digest, explained, sync_file, sync_folder, write_bytes, write_json
+from pipeline.storage import ObjectPath, appearing, digest, explained, fetch
+from pipeline.store import MANIFEST, Run, write_bytes, write_json
 
 log = logging.getLogger(__name__)
 
@@ -46,19 +44,12 @@ def keep(run: Run) -> int | None:
         log.warning("versions: %s; this version is not kept", error)
         return None
     number = 1 + max((version["number"] for version in versions), default=0)
-    with explained(run.root / FOLDER, "write to"):
-        (run.root / FOLDER).mkdir(exist_ok=True, mode=0o750)
-        for left in (run.root / FOLDER).glob(".*.tmp"):  # of a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        part = run.root / FOLDER / f".{number:04d}.{uuid.uuid4().hex[:8]}.tmp"
-        part.mkdir(mode=0o750)
+    run.fenced()
+    folder = run.root / FOLDER / f"{number:04d}"
+    with explained(folder.parent, "write to"), appearing(folder, CARD) as part:
         for path in paths:
-            shutil.copyfile(path, part / path.name)
-            sync_file(part / path.name)
+            fetch(path, part / path.name)
         write_json(part / CARD, {"number": number, **state})
-        os.rename(part, run.root / FOLDER / f"{number:04d}")
-        for folder in (run.root / FOLDER, run.root):
-            sync_folder(folder)
     log.info("versions: kept as number %d", number)
     return number
 
@@ -66,9 +57,10 @@ def keep(run: Run) -> int | None:
 def kept(run: Run) -> list[dict]:
     """The cards of the kept versions, by number: number, when, calibrate (manifest), evaluate (or None)."""
     folder = run.root / FOLDER
-    # what a killed process was writing has no number yet
-    names = [name for name in os.listdir(folder) if name.isdigit()] if folder.is_dir() else []
-    return sorted((_card(folder / name / CARD) for name in names), key=lambda card: card["number"])
+    # what a killed process was writing has no number yet, or in an object store no card
+    cards = [path / CARD for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    found = (_card(path) for path in cards if not isinstance(path, ObjectPath) or path.is_file())
+    return sorted(found, key=lambda card: card["number"])
 
 
 def version(run: Run, number: int) -> dict:

@@ -74,3 +74,22 @@ def data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("TAGMILL_DATA is not set to a folder of corpora")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def store_port():
+    """Port of an object store on the loopback."""
+    from tests.object_store import serving
+
+    with serving() as port:
+        yield port
+
+
+@pytest.fixture
+def bucket(store_port, monkeypatch) -> str:
+    """URI of a new bucket of that store; this process's environment leads there."""
+    from tests import object_store
+
+    for name, value in object_store.reached_at(store_port).items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{object_store.new_bucket()}"

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.kernels import bootstrap, calibration, counts, exact, hierarchy, influence, ranking
 from pipeline.kernels.influence import Steps
@@ -16,6 +15,7 @@ from pipeline.learners.label_rules import merged_gold
 from pipeline.learners.matrix import gold_pairs
 from pipeline.learners.tagger import SCORES_AT_ONCE, Decisions, Weights, tag_lists
 from pipeline.learners.vectorizer import one_array
+from pipeline.storage import read_table
 from pipeline.tables import TABLES
 
 
@@ -49,12 +49,12 @@ class Curves(NamedTuple):
 
 def rows_of_fold(folds: Path, fold: int) -> np.ndarray:
     """Places of the documents of a fold in their part."""
-    return np.flatnonzero(pq.read_table(folds, columns=["fold"])["fold"].to_numpy() == fold)
+    return np.flatnonzero(read_table(folds, columns=["fold"])["fold"].to_numpy() == fold)
 
 
 def scored(features: Path, rows: np.ndarray, weights: Weights) -> Iterator[np.ndarray]:
     """Scores of some rows of a part, as many at once as a dense block may hold."""
-    table = pq.read_table(features).take(rows)
+    table = read_table(features).take(rows)
     at_once = _rows_at_once(weights.bias.size)
     for start in range(0, rows.size, at_once):
         part = table.slice(start, at_once).combine_chunks()
@@ -70,7 +70,7 @@ def chunks(part: Part, labels: list[str], test: int, weights: Weights, kept: np.
     rows = rows_of_fold(part.folds, test)
     if rows.size == 0:
         return
-    gold = pq.read_table(part.documents, columns=["row", "doc_id", "labels"]).take(rows)
+    gold = read_table(part.documents, columns=["row", "doc_id", "labels"]).take(rows)
     at_once = _rows_at_once(len(labels))
     if kept is None:
         scores = scored(part.features, rows, weights)
@@ -242,7 +242,7 @@ def examples(part: Part, labels, test, weights, kept, decisions, most, character
         return []
     S = kept[:most] if kept is not None else np.concatenate(list(scored(part.features, rows, weights)))
     tags = tag_lists(S, decisions, labels).to_pylist()
-    shown = pq.read_table(part.documents, columns=["doc_id", "text", "labels"]).take(rows).to_pylist()
+    shown = read_table(part.documents, columns=["doc_id", "text", "labels"]).take(rows).to_pylist()
     return [
         {
             "doc_id": document["doc_id"],

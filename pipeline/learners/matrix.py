@@ -6,57 +6,21 @@ One process builds, under a lock; the others wait and map.  The folder is named 
 later run with the same features finds it again and a different one never mixes with it.
 """
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.errors import DataError
-from pipeline.host import alone
 from pipeline.kernels.lockstep import Rows, row_squares
 from pipeline.learners.ovr import Gold, Start
+from pipeline.storage import read_table
 from pipeline.tables import TABLES
 
 ARRAYS = ("indptr", "indices", "data", "squares", "fold", "gold_indptr", "gold_rows")
 START = ("start_indptr", "start_indices", "start_weights", "start_bias")
 NAMES = "names.arrow"  # row and doc_id of every training row, a record batch for each part of `documents`
-
-
-def host_folder(cache_dir: str, key: str) -> Path:
-    """Where this host keeps the arrays `key`; private to the user."""
-    root = Path(cache_dir or tempfile.gettempdir()) / f"tagmill-{os.getuid()}"
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if root.is_symlink() or root.stat().st_uid != os.getuid():
-        raise PermissionError(13, "belongs to another user", str(root))
-    return root / key
-
-
-def shared(folder: Path, build: Callable[[Path], None]) -> bool:
-    """Have `folder` built by exactly one process of this host; whether it was this one."""
-    built = False
-    if not folder.is_dir():
-        with alone(folder.with_name(folder.name + ".lock")):
-            if not folder.is_dir():
-                part = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
-                try:
-                    build(part)
-                    os.rename(part, folder)
-                    built = True
-                finally:
-                    shutil.rmtree(part, ignore_errors=True)
-    return built
-
-
-def clean(folder: Path) -> None:
-    """Remove a shared folder; processes that have it mapped keep their pages."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.with_name(folder.name + ".lock").unlink(missing_ok=True)
 
 
 def build(folder: Path, feature_files, fold_files, document_files, labels: list[str], features: int) -> None:
@@ -70,7 +34,7 @@ def build(folder: Path, feature_files, fold_files, document_files, labels: list[
     with _appending(folder, "indices", np.int32) as indices, _appending(folder, "data", np.float32) as data:
         lengths, squares = [np.zeros(1, np.int64)], []
         for path in feature_files:
-            part = pq.read_table(path).combine_chunks()
+            part = read_table(path).combine_chunks()
             part = part.filter(pa.array(training[part["row"].to_numpy()])).combine_chunks()
             count = pc.list_value_length(part["indices"]).to_numpy().astype(np.int64)
             values = pc.list_flatten(part["values"]).to_numpy()
@@ -105,7 +69,7 @@ def add_start(folder: Path, model_files, names: list[str], earlier_names: list[s
     number = {name: label_id for label_id, name in enumerate(names)}
     found: dict[int, tuple] = {}
     for path in model_files:
-        part = pq.read_table(path, columns=["label_id", "bias", "indices", "weights", "status"]).combine_chunks()
+        part = read_table(path, columns=["label_id", "bias", "indices", "weights", "status"]).combine_chunks()
         for row in range(part.num_rows):
             label_id = number.get(earlier_names[part["label_id"][row].as_py()])
             if label_id is not None and part["status"][row].as_py().startswith(("ok", "not_converged")):
@@ -128,7 +92,7 @@ def write_names(folder: Path, document_files, kept: np.ndarray) -> None:
     schema = pa.schema([TABLES["documents"].schema.field(name) for name in ("row", "doc_id")])
     with pa.ipc.new_file(folder / NAMES, schema) as file:
         for path in document_files:
-            part = pq.read_table(path, columns=schema.names)
+            part = read_table(path, columns=schema.names)
             part = part.filter(pa.array(kept[part["row"].to_numpy()])).cast(schema).combine_chunks()
             file.write_table(part)
 
@@ -153,7 +117,7 @@ def gold_by_label(document_files, labels: list[str], kept: np.ndarray) -> tuple[
     place = np.cumsum(kept) - 1
     rows, ids = [], []
     for path in document_files:
-        part = pq.read_table(path, columns=["row", "labels"]).combine_chunks()
+        part = read_table(path, columns=["row", "labels"]).combine_chunks()
         row, label_id = gold_pairs(part, labels)
         mask = kept[row]
         rows.append(place[row[mask]].astype(np.int32))
@@ -186,7 +150,7 @@ def open_shared(folder: Path) -> tuple[Rows, Gold, Start | None]:
 
 
 def _column(path, name):
-    return pq.read_table(path, columns=[name])[name].to_numpy()
+    return read_table(path, columns=[name])[name].to_numpy()
 
 
 class _appending:

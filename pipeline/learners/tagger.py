@@ -20,6 +20,7 @@ from pipeline.kernels import calibration, scoring
 from pipeline.learners.document_rules import DocumentRule
 from pipeline.learners.label_rules import LabelRules, apply, compiled, names_of
 from pipeline.learners.vectorizer import Vocabulary, batches, one_array, vectorize
+from pipeline.storage import fetch, read_table
 from pipeline.tables import TABLES
 
 FORMAT = 2  # 1: thresholds by label only, which is still written where they are all there is
@@ -45,7 +46,7 @@ class Weights(NamedTuple):
     def build(cls, folder: Path, model_files, features: int, labels: int) -> list[Path]:
         """Turn the rows of `label_models` (by label) into weights by feature, on disk: two passes, no dense matrix."""
         counts = np.zeros(features + 1, np.int64)
-        for part in map(pq.read_table, model_files):
+        for part in map(read_table, model_files):
             scoring.count_per_feature(_flat(part, "indices"), counts)
         indptr = np.cumsum(counts)
         paths = [folder / f"weights-{name}.npy" for name in cls._fields]
@@ -57,7 +58,7 @@ class Weights(NamedTuple):
         where = [
             (label_id, path, row)
             for path in model_files
-            for row, label_id in enumerate(pq.read_table(path, columns=["label_id"])["label_id"].to_pylist())
+            for row, label_id in enumerate(read_table(path, columns=["label_id"])["label_id"].to_pylist())
         ]
         cursor = indptr[:-1].copy()
         loaded: dict = {}
@@ -82,7 +83,7 @@ class _Models:
     """Rows of one part of label_models without a Python object a weight."""
 
     def __init__(self, path):
-        table = pq.read_table(path, columns=["bias", "indices", "weights"])
+        table = read_table(path, columns=["bias", "indices", "weights"])
         self.bias = table["bias"].to_numpy()
         self.indices, self.weights = _flat(table, "indices"), _flat(table, "weights")
         lengths = pa.compute.list_value_length(table["indices"]).to_numpy()
@@ -286,7 +287,7 @@ def save(
     for name, table in (("vocabulary", vocabulary), ("labels", labels), ("thresholds", thresholds)):
         pq.write_table(table, folder / f"{name}.parquet", compression="zstd")
     for path in weight_files:
-        (folder / path.name).write_bytes(path.read_bytes())
+        fetch(path, folder / path.name)
     for name, value in (("rules.json", rules or {}), ("decision.json", document.model_dump())):
         (folder / name).write_text(json.dumps(value, indent=1, sort_keys=True), encoding="utf-8")
     # an earlier version would tag by thresholds alone, without a word

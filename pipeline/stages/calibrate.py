@@ -6,7 +6,6 @@ Everything is read off the stored curves: another rule takes seconds and no trai
 """
 
 import logging
-from pathlib import Path
 
 import numpy as np
 
@@ -14,12 +13,13 @@ from pipeline.learners.decide import Evidence, decide, evidence
 from pipeline.learners.document_rules import DocumentRule
 from pipeline.learners.label_rules import check_labels, read_rules
 from pipeline.stages.parts import Outcome
+from pipeline.storage import Place
 from pipeline.store import Run, entry, write_json, write_part
 
 log = logging.getLogger(__name__)
 
 
-def calibrate(spark, run: Run, attempt: Path, cfg) -> Outcome:
+def calibrate(spark, run: Run, attempt: Place, cfg) -> Outcome:
     """One threshold and one probability map a label.  The curves are small, so the driver does it."""
     status = run.read("label_models", ["label_id", "status"]).sort_by("label_id")["status"].to_pylist()
     thresholds, facts = decide(known_of(run, cfg), status, cfg.calibrate)

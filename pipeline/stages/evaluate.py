@@ -10,11 +10,9 @@ Only the first computes scores, where there is room to keep them (`scores`).
 
 import functools
 import json
-from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.config import VOLATILE, flat
 from pipeline.errors import DataError
@@ -27,10 +25,11 @@ from pipeline.stages import scores
 from pipeline.stages.parts import Outcome, decision_of, rules_of, run_tasks
 from pipeline.stages.problems import data_problems
 from pipeline.stages.split import TEST
-from pipeline.store import Run, entry, replacing, write_bytes, write_part
+from pipeline.storage import Mapped, Place, read_table, replacing
+from pipeline.store import Run, entry, write_bytes, write_part
 
 
-def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
+def evaluate(spark, run: Run, attempt: Place, cfg) -> Outcome:
     """Judge the run on its test fold.  Raises DataError where the test fold is empty."""
     names = run.read("labels", ["label_id", "label"])["label"].to_pylist()
     support = run.read("label_support")
@@ -44,11 +43,11 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
     closure = hierarchy_closure(rules, names) if rules else None
     undefined = float(cfg.evaluate.if_undefined)
     thresholds, decision = run.read("thresholds"), decision_of(run)
-    folder = scores.folder_of(run, documents["test"], len(names), cfg.evaluate.keep_scores)
+    folder = scores.folder_of(run, documents["test"], len(names), cfg.evaluate.keep_scores, cfg.spark.cache_dir)
     shared = spark.sparkContext.broadcast(
         {
             "labels": names,
-            "weights": str(run.files("weights")[0].parent),
+            "weights": run.mapped("weights", cfg.spark.cache_dir),
             "thresholds": thresholds,
             "rules": compiled(rules, names) if rules else None,
             "document": decision,
@@ -135,7 +134,7 @@ def evaluate(spark, run: Run, attempt: Path, cfg) -> Outcome:
     )
 
 
-def intervals(paths: list[Path], n: int, n_labels: int, point: dict, cfg) -> dict[str, list[float]]:
+def intervals(paths: list[Place], n: int, n_labels: int, point: dict, cfg) -> dict[str, list[float]]:
     """{metric: [low, high]} from the parts of `test_documents`; empty where evaluate.bootstrap is 0.
 
     Parts are read one at a time; what stays in memory are sums of groups of documents (`bootstrap.units_of`).
@@ -149,9 +148,9 @@ def intervals(paths: list[Path], n: int, n_labels: int, point: dict, cfg) -> dic
     return {name: list(ends) for name, ends in found.items()}
 
 
-def document_lists(path: Path) -> bootstrap.Documents:
+def document_lists(path: Place) -> bootstrap.Documents:
     """Gold, tags and measures of a part of `test_documents`."""
-    part = pq.read_table(path, columns=["gold", "tags", "measures"]).combine_chunks()
+    part = read_table(path, columns=["gold", "tags", "measures"]).combine_chunks()
     gold, tags = (
         (np.concatenate([[0], np.cumsum(pc.list_value_length(part[name]).to_numpy())]), _flat(part[name]))
         for name in ("gold", "tags")
@@ -179,9 +178,9 @@ def support_groups(label_counts, if_undefined: float) -> dict[str, dict]:
     return found
 
 
-def confused(paths: list[Path], names: list[str], fp, fn, n: int):
+def confused(paths: list[Place], names: list[str], fp, fn, n: int):
     """The table `confusions`, from the parts of `test_documents`."""
-    parts = (pq.read_table(path, columns=["gold", "tags"]) for path in paths)
+    parts = (read_table(path, columns=["gold", "tags"]) for path in paths)
     pairs = functools.reduce(confusions.added, (confusions.error_pairs(part, len(names)) for part in parts))
     return confusions.table(pairs, names, fp, fn, n)
 
@@ -282,8 +281,8 @@ def corpus_facts(run: Run) -> dict:
 
 
 @functools.lru_cache(maxsize=1)
-def _weights(folder):
-    return Weights.load(Path(folder))
+def _weights(mapped: Mapped):
+    return Weights.load(mapped.folder())
 
 
 EXAMPLES = 5

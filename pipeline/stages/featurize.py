@@ -7,23 +7,22 @@ gives it its name.  Feature ids go by falling document frequency, so that the we
 """
 
 import functools
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.kernels.text import smooth_idf
 from pipeline.learners.vectorizer import Vocabulary, batches, count_documents, one_array, vectorize
 from pipeline.stages.parts import Outcome, map_tasks, run_tasks
 from pipeline.stages.poison import Guard
+from pipeline.storage import Place, place, read_table
 from pipeline.store import Run, write_part
 from pipeline.tables import TABLES
 
 
-def featurize(spark, run: Run, attempt: Path, cfg) -> Outcome:
+def featurize(spark, run: Run, attempt: Place, cfg) -> Outcome:
     """Fit the vocabulary and write one TF-IDF row a document.  Raises DataError where no term is left."""
     pairs = list(zip(run.files("documents"), run.files("folds"), strict=True))
     training = run.finished("split")["documents"]["train"]
@@ -101,8 +100,8 @@ def _term_counter(guard, ngrams):
 
     def count(pair):
         documents, folds = pair
-        table = pq.read_table(documents, columns=["doc_id", "text"])
-        kept = pc.greater_equal(pq.read_table(folds, columns=["fold"])["fold"], 0)
+        table = read_table(documents, columns=["doc_id", "text"])
+        kept = pc.greater_equal(read_table(folds, columns=["fold"])["fold"], 0)
         partial = []
         for counted in guard.over(batches(table.filter(kept)), terms):
             partial.append(counted)
@@ -124,7 +123,7 @@ def _merged(partial):
 
 @functools.lru_cache(maxsize=1)
 def _vocabulary(path):
-    return Vocabulary.from_table(pq.read_table(path, columns=["feature_id", "hash", "idf"]))
+    return Vocabulary.from_table(read_table(path, columns=["feature_id", "hash", "idf"]))
 
 
 def apply_part(task):
@@ -137,7 +136,7 @@ def apply_part(task):
         return batch["row"], vectorize(one_array(batch["text"]), known, cfg.ngrams, cfg.sublinear)
 
     def rows():
-        table = pq.read_table(documents, columns=["row", "doc_id", "text"])
+        table = read_table(documents, columns=["row", "doc_id", "text"])
         for row, (indptr, indices, values) in guard.over(batches(table), features):
             totals[0] += indices.size
             totals[1] += int((np.diff(indptr) == 0).sum())
@@ -145,4 +144,4 @@ def apply_part(task):
             lists = [pa.ListArray.from_arrays(offsets, pa.array(x)) for x in (indices, values)]
             yield pa.table([row, *lists], schema=TABLES["features"].schema)
 
-    return write_part(Path(attempt), "features", rows(), number), *totals
+    return write_part(place(attempt), "features", rows(), number), *totals

@@ -9,7 +9,6 @@ everything later is deterministic because of it.  A record ends as a document or
 import collections
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +19,8 @@ from pipeline.errors import DataError, InputError, shown
 from pipeline.session import cores
 from pipeline.stages.parts import Outcome, hashes, map_tasks, run_tasks
 from pipeline.stages.poison import told
-from pipeline.store import replacing, write_part
+from pipeline.storage import Place, on_this_host, place, replacing
+from pipeline.store import write_part
 from pipeline.tables import TABLES
 
 PART_BYTES = 64 << 20  # of input for one part
@@ -36,7 +36,7 @@ def partitions(plan: sources.Plan, cfg) -> int:
 
 
 def ingest(
-    spark, plan: sources.Plan, attempt: Path, cfg, need_labels: bool = True, convicted: Sequence[dict] = ()
+    spark, plan: sources.Plan, attempt: Place, cfg, need_labels: bool = True, convicted: Sequence[dict] = ()
 ) -> Outcome:
     """Read, check and order the documents; those with a verdict of `poison.listed` are rejected.
 
@@ -148,7 +148,7 @@ def _writer(attempt, convicted):
         from pyspark import TaskContext
 
         part = TaskContext.get().partitionId()
-        yield _write_sorted(batches, Path(attempt), part, convicted)
+        yield _write_sorted(batches, place(attempt), part, convicted)
 
     return write
 
@@ -156,7 +156,7 @@ def _writer(attempt, convicted):
 STAGED = pa.schema([TABLES["documents"].schema.field(name) for name in ("doc_id", *CONTENT)])
 
 
-def _write_sorted(batches, attempt: Path, part: int, convicted: dict[str, dict]) -> pa.RecordBatch:
+def _write_sorted(batches, attempt: Place, part: int, convicted: dict[str, dict]) -> pa.RecordBatch:
     """Documents (without row numbers yet) and rejects of one part, whose records come sorted by doc_id."""
     reasons: collections.Counter[str] = collections.Counter()
     labels: collections.Counter[str] = collections.Counter()
@@ -255,11 +255,11 @@ def _rejects(table, reasons, notes=None):
 
 def _number(task):
     attempt, part, offset, staged = task
-    folder = Path(attempt)
+    folder = place(attempt)
 
     def numbered():
         start = offset
-        with pa.memory_map(str(folder / staged)) as source:
+        with on_this_host(folder / staged) as path, pa.memory_map(str(path)) as source:
             reader = pa.ipc.open_file(source)
             for k in range(reader.num_record_batches):
                 batch = pa.Table.from_batches([reader.get_batch(k)])

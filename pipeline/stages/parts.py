@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.learners.document_rules import DocumentRule
-from pipeline.store import Run, explained
+from pipeline.storage import explained
+from pipeline.store import Run
 
 
 class Outcome(NamedTuple):

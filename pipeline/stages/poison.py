@@ -20,7 +20,6 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
@@ -30,6 +29,7 @@ import pyarrow.compute as pc
 
 from pipeline.errors import InputError, shown
 from pipeline.host import shown_bytes
+from pipeline.storage import Place, place
 from pipeline.store import Run, fingerprint, write_json
 
 LIST = "quarantine.json"
@@ -76,7 +76,7 @@ class Guard(NamedTuple):
     limits: Limits  # of one MB of text
 
     @classmethod
-    def of(cls, stage: str, attempt: Path, spark) -> "Guard":
+    def of(cls, stage: str, attempt: Place, spark) -> "Guard":
         """spark: SparkConfig."""
         return cls(stage, str(attempt), Limits(spark.document_seconds, int(spark.document_gb * 1e9)))
 
@@ -122,7 +122,7 @@ class Guard(NamedTuple):
     def _write_down(self, doc_id, size, verdict):
         name = hashlib.sha256(doc_id.encode()).hexdigest()[:32]
         facts = {"doc_id": doc_id, "stage": self.stage, "text_bytes": size}
-        write_json(Path(self.folder) / f"{VERDICT}{name}.json", {**facts, **verdict})
+        write_json(place(self.folder) / f"{VERDICT}{name}.json", {**facts, **verdict})
 
 
 def _sizes(batch):
@@ -244,7 +244,7 @@ def _child(items, work, limits, board) -> NoReturn:
 # -- the list ----------------------------------------------------------------------------------------------------------
 
 
-def judged(attempt: Path, stage: Callable[[], Result]) -> tuple[Result | None, list[dict]]:
+def judged(attempt: Place, stage: Callable[[], Result]) -> tuple[Result | None, list[dict]]:
     """What `stage` returns, or None and the verdicts of the documents that its tasks have convicted, by doc_id.
 
     What it makes of the others, or what it misses, is of no interest then.

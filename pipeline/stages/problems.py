@@ -6,8 +6,8 @@ near_duplicates, label_relations, suspicious, documents (text, labels)  ->  what
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from pipeline.storage import read_table
 from pipeline.store import Run
 from pipeline.tables import TABLES
 
@@ -56,7 +56,7 @@ def documents_at(run: Run, rows: set[int]) -> dict[int, dict]:
         start, stop = stop, stop + item["rows"]
         here = wanted[(wanted >= start) & (wanted < stop)]
         if here.size:
-            part = pq.read_table(path, columns=["text", "labels"]).take(pa.array(here - start)).to_pylist()
+            part = read_table(path, columns=["text", "labels"]).take(pa.array(here - start)).to_pylist()
             for row, document in zip(here.tolist(), part, strict=True):
                 found[row] = {"text": document["text"][:EXCERPT], "labels": document["labels"]}
     return found

@@ -6,17 +6,16 @@ Without it a run folder on a local disk shows itself late, as files that are mis
 import logging
 import os
 import secrets
-import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
 from pipeline.code import code_version
-from pipeline.errors import ConfigError, ServiceError, shown
+from pipeline.errors import ConfigError, ServiceError, TagmillError, shown
 from pipeline.stages.parts import run_tasks
-from pipeline.store import PROBE, explained, write_bytes
+from pipeline.storage import ObjectPath, Place, explained, place, remove
+from pipeline.store import PROBE, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +23,7 @@ TOKEN = "driver"
 LATE = 5.0  # seconds that a network file system may take to show a new file
 
 
-def check_same_store(spark, root: Path, wait: float) -> list[str]:
+def check_same_store(spark, root: Place, wait: float) -> list[str]:
     """The hosts of the executors that answered, sorted.
 
     The driver writes a random token below `root`, a task on every executor reads it and writes an answer, the driver
@@ -38,7 +37,7 @@ def check_same_store(spark, root: Path, wait: float) -> list[str]:
     executor starts.
     """
     for old in root.glob(f"{PROBE}*"):  # of a driver that was killed here
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     token = secrets.token_hex(16)
     folder = root / f"{PROBE}{token[:8]}"
     try:
@@ -53,7 +52,7 @@ def check_same_store(spark, root: Path, wait: float) -> list[str]:
         _refuse(root, problems)
         _refuse_other_code([(host, code) for _, host, _, code in found])
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
     hosts = sorted({host for host, _ in problems})
     log.info("spark: the run folder is the same on %d host%s", len(hosts), "" if len(hosts) == 1 else "s")
     return hosts
@@ -61,16 +60,16 @@ def check_same_store(spark, root: Path, wait: float) -> list[str]:
 
 def answer(task: tuple[str, str, int]) -> tuple[int, str, str, str]:
     """What an executor does: (number of the task, host, what is wrong or nothing, mark of its code)."""
-    folder, token, number = Path(task[0]), task[1], task[2]
+    folder, token, number = place(task[0]), task[1], task[2]
     try:
         problem = "" if (folder / TOKEN).read_text() == token else "sees another content"
-    except OSError as error:
-        problem = f"cannot read what the driver wrote ({error.strerror})"
+    except (OSError, TagmillError) as error:
+        problem = f"cannot read what the driver wrote ({getattr(error, 'strerror', error)})"
     if not problem:
         try:
             write_bytes(folder / f"answer-{number}", token.encode())
-        except OSError as error:
-            problem = f"cannot write there ({error.strerror})"
+        except (OSError, TagmillError) as error:
+            problem = f"cannot write there ({getattr(error, 'strerror', error)})"
     try:
         code = code_version()
     except OSError:  # a package inside of an archive has no files to look at
@@ -89,7 +88,8 @@ def _unseen(folder, token, number, host):
             pass
         if time.monotonic() > until:
             return "wrote an answer that the driver does not see"
-        os.stat(folder)
+        if not isinstance(folder, ObjectPath):
+            os.stat(folder)
         time.sleep(0.1)
 
 

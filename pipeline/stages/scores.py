@@ -3,20 +3,22 @@
     RUN/scores/<key>/scores-00000.npy   (test documents of the part, L) float32
     RUN/scores/<key>/scores-00000.sha256
 
-The key stands for weights, features and folds.  They are no table and no manifest names them: what is missing or has
-changed is computed again, and anyone may delete them.
+Of a run in an object store they are in the cache of the host that computed them.  The key stands for weights, features
+and folds.  They are no table and no manifest names them: what is missing or has changed is computed again, and anyone
+may delete them.
 """
 
 import hashlib
 import logging
-import shutil
 from pathlib import Path
 
 import numpy as np
 
+from pipeline.host import host_folder
 from pipeline.learners import judge
 from pipeline.learners.tagger import Weights
-from pipeline.store import Run, digest, replacing
+from pipeline.storage import ObjectPath, digest, remove, replacing
+from pipeline.store import Run
 
 log = logging.getLogger(__name__)
 
@@ -24,16 +26,19 @@ FOLDER = "scores"
 SOURCES = (("train", "weights"), ("featurize", "features"), ("split", "folds"))
 
 
-def folder_of(run: Run, documents: int, labels: int, limit: float) -> Path | None:
+def folder_of(run: Run, documents: int, labels: int, limit: float, cache_dir: str = "") -> Path | None:
     """Folder of the scores of this fit; None where they would take more than `limit` GB.  Drops those of other fits."""
     named = (item for stage, table in SOURCES for item in run.finished(stage)["tables"][table])
     key = hashlib.sha256("".join(item["sha256"] for item in named).encode()).hexdigest()[:16]
-    folder = run.root / FOLDER / key
+    root = run.root
+    if isinstance(root, ObjectPath):
+        root = host_folder(cache_dir, f"run-{hashlib.sha256(str(root).encode()).hexdigest()[:16]}")
+    folder = root / FOLDER / key
     fits = documents * labels * np.dtype(np.float32).itemsize <= limit * 1e9
     if folder.parent.is_dir():
         for other in folder.parent.iterdir():
             if other != folder or not fits:
-                shutil.rmtree(other, ignore_errors=True)
+                remove(other)
     if not fits:
         return None
     folder.mkdir(parents=True, exist_ok=True, mode=0o750)
@@ -52,6 +57,7 @@ def kept(folder: Path | None, number: int, part: judge.Part, test: int, weights:
     shape = rows.size, weights.bias.size
     if not _whole(path, shape):
         try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o750)  # of an object store: this host has none yet
             with replacing(path) as unfinished:
                 _write(unfinished, shape, judge.scored(part.features, rows, weights))
             with replacing(path.with_suffix(".sha256")) as unfinished:

@@ -17,16 +17,17 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.errors import DataError
+from pipeline.host import host_folder
 from pipeline.learners import duplicates
-from pipeline.learners.matrix import gold_pairs, host_folder
+from pipeline.learners.matrix import gold_pairs
 from pipeline.learners.relations import PAIR_COLUMNS, Columns, columns, pairs, relations
 from pipeline.learners.vectorizer import batches
 from pipeline.stages.parts import Outcome, hashes, map_tasks, run_tasks, share
 from pipeline.stages.poison import Guard
-from pipeline.store import Run, replacing, write_part
+from pipeline.storage import Mapped, ObjectPath, Place, digest, place, read_table, remove, replacing
+from pipeline.store import Run, write_part
 from pipeline.tables import TABLES
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ RELATIONS = 100_000  # pairs of labels that are told
 MULTIPLE = 0.01  # share of near-duplicates among test documents from which on there is a warning
 
 
-def split(spark, run: Run, attempt: Path, cfg) -> Outcome:
+def split(spark, run: Run, attempt: Place, cfg) -> Outcome:
     """Give every document its fold.  Raises DataError where no document is left to train on."""
     files = run.files("documents")
     given = run_tasks(spark, "split: look for a given split", _given, [str(path) for path in files])
@@ -74,7 +75,7 @@ def split(spark, run: Run, attempt: Path, cfg) -> Outcome:
             "expected some marked test, a larger share or more documents"
         )
     if cfg.split.near_duplicates:
-        near = near_duplicates(spark, files, attempt, done, cfg)
+        near = near_duplicates(spark, run, files, attempt, done, cfg)
     else:
         near = TABLES["near_duplicates"].schema.empty_table()
     relations = label_relations(spark, files, names, columns(labels["support"].to_numpy(), int(sizes.sum())))
@@ -139,7 +140,7 @@ class Part(NamedTuple):
     one_label_each: bool
 
 
-def near_duplicates(spark, files: list[Path], attempt: Path, drawn: list[Part], cfg) -> pa.Table:
+def near_duplicates(spark, run: Run, files: list[Place], attempt: Place, drawn: list[Part], cfg) -> pa.Table:
     """The table `near_duplicates`: test documents and the training document that each is most like.
 
     Two jobs: the shingles of test documents go to a file that all tasks map, their band keys to the driver and from
@@ -168,26 +169,30 @@ def near_duplicates(spark, files: list[Path], attempt: Path, drawn: list[Part], 
         )
         texts = duplicates.comparable([found for found, _ in sets], similarity)
         whole = folder / "all.u8"
-        with replacing(whole) as path, path.open("wb") as file:
-            for _, name in sets:
-                with open(name, "rb") as held:
-                    shutil.copyfileobj(held, file)
+        with replacing(whole) as path:
+            with path.open("wb") as file:
+                for _, name in sets:
+                    with place(name).open("rb") as held:
+                        shutil.copyfileobj(held, file)
+            mark = digest(path) if isinstance(whole, ObjectPath) else ""
+        texts_held = Mapped(f"{run.root} shingles", (str(whole),), (mark,), cfg.spark.cache_dir)
         known = spark.sparkContext.broadcast(texts.known)
         spark.sparkContext.setJobDescription("split: compare training documents")
         found = (
-            map_tasks(spark, parts, _comparer(known, str(whole), guard, similarity, locks), duplicates.FOUND_COLUMNS)
+            map_tasks(spark, parts, _comparer(known, texts_held, guard, similarity, locks), duplicates.FOUND_COLUMNS)
             .groupBy("place")
             # the largest similarity, then the smallest row, which has its doc_id with it
             .agg(F.max(F.struct("similarity", (-F.col("row")).alias("minus_row"), "doc_id")).alias("best"))
             .select("place", "best.similarity", (-F.col("best.minus_row")).alias("row"), "best.doc_id")
             .toArrow()
         )
+        texts_held.forget()
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
     return duplicates.near_duplicates(found, texts)
 
 
-def label_relations(spark, files: list[Path], names: list[str], known: Columns) -> pa.Table:
+def label_relations(spark, files: list[Place], names: list[str], known: Columns) -> pa.Table:
     """The table `label_relations`: parts give the pairs that hold in them, and Spark adds these up.
 
     The first `RELATIONS` by label_id are told: what always comes in hundreds makes pairs by the square.
@@ -232,12 +237,12 @@ def folds_of(doc_ids, given: list[str | None], official: bool, dev: bool, cfg) -
 
 
 def _given(path):
-    return set(pq.read_table(path, columns=["split"])["split"].unique().to_pylist())
+    return set(read_table(path, columns=["split"])["split"].unique().to_pylist())
 
 
 def _draw(task):
     path, attempt, number, official, dev, names, cfg = task
-    documents = pq.read_table(path, columns=["row", "doc_id", "labels", "split"]).combine_chunks()
+    documents = read_table(path, columns=["row", "doc_id", "labels", "split"]).combine_chunks()
     fold = folds_of(documents["doc_id"], documents["split"].to_pylist(), official, dev, cfg)
     folds = pa.table({"row": documents["row"], "fold": fold})
     column = np.where(fold == TEST, 0, np.where(fold == UNUSED, 1, fold + 2))
@@ -246,7 +251,7 @@ def _draw(task):
     if row.size:
         np.add.at(gold, (label_id, column[row - documents["row"][0].as_py()]), 1)
     single = pc.all(pc.equal(pc.list_value_length(documents["labels"]), 1), min_count=0).as_py()
-    entry = write_part(Path(attempt), "folds", folds, number)
+    entry = write_part(place(attempt), "folds", folds, number)
     return Part(entry, np.bincount(column, minlength=gold.shape[1]), gold, single)
 
 
@@ -255,10 +260,10 @@ TEXTS = pa.schema([TABLES["documents"].schema.field(name) for name in ("row", "d
 
 def _texts(documents, folds, kept, most=None):
     """The first `most` documents of a part whose fold is `kept`; without them the texts are not read."""
-    mask = kept(pq.read_table(folds, columns=["fold"])["fold"])
+    mask = kept(read_table(folds, columns=["fold"])["fold"])
     if most == 0 or not pc.any(mask).as_py():
         return TEXTS.empty_table()
-    return pq.read_table(documents, columns=TEXTS.names).filter(mask).slice(0, most)
+    return read_table(documents, columns=TEXTS.names).filter(mask).slice(0, most)
 
 
 def _shingle(task, guard, similarity, locks):
@@ -266,7 +271,7 @@ def _shingle(task, guard, similarity, locks):
     duplicates.warm_up(locks())
     tests = _texts(documents, folds, lambda fold: pc.equal(fold, TEST), most)
     parts = []
-    with replacing(Path(file)) as path, path.open("wb") as out:
+    with replacing(place(file)) as path, path.open("wb") as out:
         for sets, held in guard.over(batches(tests), functools.partial(duplicates.shingle_sets, similarity=similarity)):
             parts.append(sets)
             held.tofile(out)
@@ -276,7 +281,7 @@ def _shingle(task, guard, similarity, locks):
 def _comparer(known, file, guard, similarity, locks):
     def compare(part):
         duplicates.warm_up(locks())
-        path = Path(file)
+        path = file.folder() / Path(file.files[0]).name
         mapped = np.memmap(path, np.uint64, "r") if path.stat().st_size else np.empty(0, np.uint64)
         held = np.asarray(mapped)  # the kernel wants a plain array: a view on the same pages
         held.setflags(write=False)  # and compiles for either kind apart
@@ -291,7 +296,7 @@ def _comparer(known, file, guard, similarity, locks):
 
 def _pair_counter(names, known):
     def count(path):
-        documents = pq.read_table(path, columns=["row", "labels"]).combine_chunks()
+        documents = read_table(path, columns=["row", "labels"]).combine_chunks()
         if documents.num_rows:
             row, label_id = gold_pairs(documents, names)
             yield from pairs(row - documents["row"][0].as_py(), label_id, documents.num_rows, known)

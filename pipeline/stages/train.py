@@ -9,7 +9,6 @@ solved it.  `refit` solves some labels again, or for the first time, and leaves 
 
 import json
 import logging
-import os
 import socket
 import time
 from collections.abc import Iterable, Sequence
@@ -22,12 +21,14 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError, DataError, InputError, shown
-from pipeline.host import free_disk, free_memory, shown_bytes
+from pipeline.host import clean, free_disk, free_memory, host_folder, shown_bytes
+from pipeline.host import shared as shared_folder
 from pipeline.learners import matrix, placement
 from pipeline.learners.ovr import Extras, candidates, constant_rows, failed_block, fit_block, warm_up
 from pipeline.learners.tagger import Weights
 from pipeline.stages.parts import Outcome, hashes, run_tasks
-from pipeline.store import Run, digest, entry, sync_file, write_json, write_part
+from pipeline.storage import Place, digest, filling, link, place, read_table, sync_file
+from pipeline.store import Run, entry, write_json, write_part
 from pipeline.tables import conform
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ BLOCK_TABLES = ("label_models", "curves", "histograms", "suspicious")
 UNFINISHED = ("out_of_time", "not_selected")  # statuses of labels that were not begun
 
 
-def train(spark, run: Run, attempt: Path, cfg, key: str) -> Outcome:
+def train(spark, run: Run, attempt: Place, cfg, key: str) -> Outcome:
     """Solve the blocks that are not solved yet, then turn the models into weights by feature.
 
     Args:
@@ -51,7 +52,7 @@ def train(spark, run: Run, attempt: Path, cfg, key: str) -> Outcome:
     return work.outcome(tables, facts, resumed)
 
 
-def refit(spark, run: Run, attempt: Path, cfg, key: str, names: Sequence[str]) -> Outcome:
+def refit(spark, run: Run, attempt: Place, cfg, key: str, names: Sequence[str]) -> Outcome:
     """Solve the labels `names` only; the rows of all others are those of the finished stage, or `not_selected`.
 
     attempt: a folder of this refit, where a killed one goes on; parts of the finished stage that hold none of the
@@ -92,17 +93,12 @@ def _kept_parts(run, attempt, name, chosen):
     entries = []
     for path, item in zip(run.files(name, verify=True), run.finished("train")["tables"][name], strict=True):
         number = int(path.stem.rsplit("-", 1)[1])
-        ids = pq.read_table(path, columns=["label_id"])["label_id"]
+        ids = read_table(path, columns=["label_id"])["label_id"]
         mask = pc.is_in(ids, value_set=pa.array(chosen, pa.int32()))
         if pc.any(mask).as_py():
-            entries.append(write_part(attempt, name, pq.read_table(path).filter(pc.invert(mask)), number))
+            entries.append(write_part(attempt, name, read_table(path).filter(pc.invert(mask)), number))
         else:
-            (attempt / path.name).unlink(missing_ok=True)
-            try:
-                os.link(path, attempt / path.name)
-            except OSError:  # a file system without hard links
-                (attempt / path.name).write_bytes(path.read_bytes())
-                sync_file(attempt / path.name)
+            link(path, attempt / path.name)
             entries.append(item)
     return entries
 
@@ -110,7 +106,7 @@ def _kept_parts(run, attempt, name, chosen):
 class _Work:
     """The labels of a run, and the job that solves some of them."""
 
-    def __init__(self, spark, run: Run, attempt: Path, cfg, key: str):
+    def __init__(self, spark, run: Run, attempt: Place, cfg, key: str):
         self.spark, self.run, self.attempt, self.cfg, self.key = spark, run, attempt, cfg, key
         self.began = time.time()
         self.support = run.read("label_support")["train"].to_numpy()
@@ -200,7 +196,7 @@ class _Work:
         matrix_size = placement.matrix_bytes(self.rows, self.nonzeros, int(self.support.sum()))
         worker = placement.worker_bytes(self.rows, self.features, len(candidates(self.cfg.train)))
         cache_dir = self.cfg.spark.cache_dir
-        folder = matrix.host_folder(cache_dir, self.key)
+        folder = host_folder(cache_dir, self.key)
         slots = self.spark.sparkContext.defaultParallelism
         if self.spark.sparkContext.master.startswith("local["):
             hosts = {socket.gethostname(): (free_memory(), free_disk(folder), folder.is_dir())}
@@ -227,8 +223,8 @@ class _Work:
 
     def _clean(self, used: set[tuple[str, str]]):
         """Remove the matrix from every host that had it; a host that takes no task any more keeps its copy."""
-        here = matrix.host_folder(self.cfg.spark.cache_dir, self.key)
-        matrix.clean(here)
+        here = host_folder(self.cfg.spark.cache_dir, self.key)
+        clean(here)
         left = used - {(socket.gethostname(), str(here))}
         for _ in range(5):
             if not left:
@@ -243,15 +239,16 @@ class _Work:
         statuses: dict[str, int] = {}
         largest = 0.0
         for path in models:
-            part = pq.read_table(path, columns=["status", "solver_gap"])
+            part = read_table(path, columns=["status", "solver_gap"])
             for status in part["status"].to_pylist():
                 statuses[status] = statuses.get(status, 0) + 1
             largest = max(largest, pc.max(part["solver_gap"]).as_py() or 0.0)
         _refuse_failures(self.attempt, statuses, len(self.names), self.cfg.train.max_failed)
-        paths = Weights.build(self.attempt, models, self.features, len(self.names))
-        for path in paths:
-            sync_file(path)
-        tables["weights"] = [entry(path, self.attempt, np.load(path, mmap_mode="r").shape[0]) for path in paths]
+        with filling(self.attempt) as folder:
+            paths = Weights.build(folder, models, self.features, len(self.names))
+            for path in paths:
+                sync_file(path)
+            tables["weights"] = [entry(path, folder, np.load(path, mmap_mode="r").shape[0]) for path in paths]
         builds = [f["folder"] for f in facts if f["built"]]
         return Outcome(
             tables,
@@ -302,7 +299,7 @@ def ranges(numbers: Sequence[int]) -> str:
     return told if len(runs) <= 10 else f"{told}, ..."
 
 
-def finished_block(folder: Path, number: int) -> dict | None:
+def finished_block(folder: Place, number: int) -> dict | None:
     """Facts of a block whose marker and files are whole and whose labels were all begun, else None."""
     marker = folder / f"block-{number:05d}.json"
     try:
@@ -398,19 +395,19 @@ def attempts(spark) -> int:
 
 def _probe(task):
     cache_dir, key = task
-    folder = matrix.host_folder(cache_dir, key)
+    folder = host_folder(cache_dir, key)
     return socket.gethostname(), free_memory(), free_disk(folder), folder.is_dir()
 
 
 def _cleaner(cfg, key):
     cache_dir = cfg.spark.cache_dir
 
-    def clean(_):
-        folder = matrix.host_folder(cache_dir, key)
-        matrix.clean(folder)
+    def cleaned(_):
+        folder = host_folder(cache_dir, key)
+        clean(folder)
         return socket.gethostname(), str(folder)
 
-    return clean
+    return cleaned
 
 
 def _solver(shared, cfg):
@@ -419,10 +416,10 @@ def _solver(shared, cfg):
 
         number, label_ids, attempt = task
         s = shared.value
-        folder = matrix.host_folder(s["cache_dir"], s["key"])
+        folder = host_folder(s["cache_dir"], s["key"])
         started = time.monotonic()
         compile_seconds = warm_up(folder.parent, cfg)
-        built = matrix.shared(folder, lambda part: _build(part, s))
+        built = shared_folder(folder, lambda part: _build(part, s))
         X, gold, start = matrix.open_shared(folder)
         opened = time.monotonic()
         groups: list[tuple[list[str], float]] = []
@@ -448,7 +445,7 @@ def _solver(shared, cfg):
         for status in tables["label_models"]["status"].to_pylist():
             statuses[status] = statuses.get(status, 0) + 1
         facts = {
-            "tables": {name: write_part(Path(attempt), name, tables[name], number) for name in BLOCK_TABLES},
+            "tables": {name: write_part(place(attempt), name, tables[name], number) for name in BLOCK_TABLES},
             "statuses": statuses,
             "groups": groups,
             "seconds": time.monotonic() - opened,
@@ -459,7 +456,7 @@ def _solver(shared, cfg):
             "folder": str(folder),
             "first": first[0] if first else time.time(),
         }
-        write_json(Path(attempt) / f"block-{number:05d}.json", facts)
+        write_json(place(attempt) / f"block-{number:05d}.json", facts)
         return facts
 
     return solve

@@ -17,7 +17,8 @@ from tests.site import patched
 CORPUS = "arxiv2010s"
 GOAL = 0.05
 GUARDS = {
-    "pipeline.store": ("digest", "sync_file", "sync_folder", "write_json", "write_bytes", "fingerprint"),
+    "pipeline.storage": ("digest", "sync_file", "sync_folder"),
+    "pipeline.store": ("write_json", "write_bytes", "fingerprint"),
     "pipeline.sources": ("_digest",),
     "pipeline.code": ("code_version",),
 }

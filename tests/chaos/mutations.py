@@ -1,6 +1,7 @@
 """Guards of the pipeline taken away one at a time, to see that the loop of kills notices."""
 
 import contextlib
+import shutil
 
 
 def in_place(store):
@@ -30,11 +31,11 @@ def keeps_rubbish(store):
     commit = store.Run.commit
 
     def without_cleaning(self, *arguments):
-        removed, store.shutil.rmtree = store.shutil.rmtree, lambda *a, **k: None
+        removed, shutil.rmtree = shutil.rmtree, lambda *a, **k: None
         try:
             return commit(self, *arguments)
         finally:
-            store.shutil.rmtree = removed
+            shutil.rmtree = removed
 
     store.Run.commit = without_cleaning
 

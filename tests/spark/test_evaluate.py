@@ -11,7 +11,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from jobs.compare import compare
 from pipeline.kernels.bootstrap import MEASURES, METRICS
 from pipeline.learners.tagger import Decisions, Weights
-from pipeline.store import digest
+from pipeline.storage import digest
 from tests.conftest import SMALL
 
 TABLES = ("label_counts", "confusions", "metrics.json")

@@ -11,7 +11,8 @@ import pytest
 from pipeline.kernels.lockstep import Rows
 from pipeline.learners import placement
 from pipeline.learners.ovr import Gold, fit_block
-from pipeline.store import Run, digest
+from pipeline.storage import digest
+from pipeline.store import Run
 from pipeline.tables import TABLES
 from tests.conftest import SMALL
 

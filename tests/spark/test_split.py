@@ -11,7 +11,7 @@ from jobs import entry
 from pipeline import config
 from pipeline.learners import duplicates
 from pipeline.stages import split
-from pipeline.store import digest
+from pipeline.storage import digest
 from tests.conftest import SMALL
 
 TABLES = ("near_duplicates", "label_relations")

@@ -26,7 +26,8 @@ from pipeline.errors import (
     TagmillError,
 )
 from pipeline.flow import FIT
-from pipeline.store import MANIFEST, Run, explained, fingerprint, replacing, write_bytes, write_part
+from pipeline.storage import explained, replacing
+from pipeline.store import MANIFEST, Run, fingerprint, write_bytes, write_part
 from pipeline.tables import TABLES
 
 ROOT = Path(store.__file__).parents[1]

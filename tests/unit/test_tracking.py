@@ -19,7 +19,8 @@ from pipeline.errors import ConfigError, DataError, InputError, ServiceError, St
 from pipeline.learners.tagger import Tagger, Weights
 from pipeline.learners.vectorizer import count_documents
 from pipeline.stages.featurize import choose_terms
-from pipeline.store import Run, digest, entry, write_bytes, write_part
+from pipeline.storage import digest
+from pipeline.store import Run, entry, write_bytes, write_part
 from pipeline.tables import TABLES
 
 LABELS = sorted(["<script>alert(1)</script>", "../x", "n" * 300, "🦜 emoji", "a/b", "CON", "plain", "x:y'z\"%"])

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import host
 from pipeline.errors import DataError
 from pipeline.learners import matrix
 from pipeline.tables import TABLES
@@ -85,11 +86,11 @@ def _open(folder, log, queue):
             file.write("built\n")
         (part / "x").write_text("1")
 
-    queue.put(matrix.shared(Path(folder), build))
+    queue.put(host.shared(Path(folder), build))
 
 
 def test_one_process_builds_and_the_others_wait(tmp_path):
-    folder, log = matrix.host_folder(str(tmp_path), "m"), tmp_path / "log"
+    folder, log = host.host_folder(str(tmp_path), "m"), tmp_path / "log"
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     crowd = [context.Process(target=_open, args=(folder, log, queue)) for _ in range(8)]
@@ -101,7 +102,7 @@ def test_one_process_builds_and_the_others_wait(tmp_path):
     assert log.read_text() == "built\n"
     assert sorted(queue.get(timeout=10) for _ in crowd) == [False] * 7 + [True]
     assert folder.parent.stat().st_mode & 0o777 == 0o700
-    matrix.clean(folder)
+    host.clean(folder)
     assert not folder.exists()
 
 
