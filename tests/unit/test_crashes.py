@@ -166,7 +166,7 @@ def test_killed_before_any_system_call_of_publishing_tags(quick_path, earlier, e
         if earlier:
             tags(out, 1)
         tags(work / "result", 2)
-        return lambda: (tagging._publish(work / "result", out), shutil.rmtree(work))
+        return lambda: (tagging._publish(Run(work), out, None), shutil.rmtree(work))
 
     seen = []
     for _ in killed_everywhere(quick_path, prepare):
@@ -176,7 +176,7 @@ def test_killed_before_any_system_call_of_publishing_tags(quick_path, earlier, e
             assert tagged(out) in (1, 2)
         shutil.rmtree(work / "result", ignore_errors=True)
         tags(work / "result", 3)
-        tagging._publish(work / "result", out)
+        tagging._publish(Run(work), out, None)
         assert tagged(out) == 3
         shutil.rmtree(work)
         assert os.listdir(quick_path / "home") == ["tags"]

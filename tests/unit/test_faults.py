@@ -17,9 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.entry import guarded
-from pipeline import config, store
+from pipeline import config, host, store
 from pipeline.errors import DataError, InputError, LockedError, TagmillError
-from pipeline.learners import matrix
 from pipeline.learners import tagger as taggers
 from pipeline.learners.tagger import Tagger
 from pipeline.sources import plan, refuse_changed
@@ -230,13 +229,13 @@ def test_a_planted_folder_of_the_host_is_refused(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     planted = tmp_path / f"tagmill-{os.getuid()}"
     planted.symlink_to(tmp_path / "elsewhere")
-    assert in_child(lambda: matrix.host_folder("", "m"))[0] == 77
+    assert in_child(lambda: host.host_folder("", "m"))[0] == 77
     planted.unlink()
-    matrix.host_folder("", "m")
+    host.host_folder("", "m")
     assert planted.stat().st_mode & 0o777 == 0o700
     if os.getuid() == 0:
         os.chown(planted, 65534, 65534)
-        assert in_child(lambda: matrix.host_folder("", "m"))[0] == 77
+        assert in_child(lambda: host.host_folder("", "m"))[0] == 77
 
 
 # -- what is read has changed (B9, B10) --------------------------------------------------------------------------------
