@@ -31,7 +31,7 @@ from pipeline.stages import ingest as ingesting
 from pipeline.stages import poison
 from pipeline.stages import tag as tagging
 from pipeline.storage import ObjectPath, copy, digest, explained, place, remove, shipped, sync_folder
-from pipeline.store import Run, fingerprint, write_json
+from pipeline.store import Run, drop_unfinished, fingerprint, write_json
 
 log = logging.getLogger("tagmill")
 
@@ -186,6 +186,7 @@ def _tag(job, plan, source, settings, recipe):
     }
     if rows["tags"] != manifest["accepted"]:
         raise AssertionError(f"{rows['tags']} documents tagged, {manifest['accepted']} accepted")
+    drop_unfinished(result)  # of a worker that was killed
     write_json(result / CARD, card)
     sync_folder(result)
     return card

@@ -116,7 +116,7 @@ class Run:
     def create(self, info: dict) -> None:
         """Write run.json, which makes the folder a run."""
         self.fenced()
-        _drop_unfinished(self.root)
+        drop_unfinished(self.root)
         write_json(self.root / "run.json", {"format": FORMAT, **info})
 
     def prepare(self) -> None:
@@ -251,9 +251,10 @@ class Run:
             **facts,
         }
         with explained(self.root / stage, "publish"):
+            drop_unfinished(attempt)  # of a worker that was killed, and whose task was repeated
             sync_folder(attempt)
             sync_folder(self.root)  # which holds the folder of the stage
-            _drop_unfinished(self.root / stage)
+            drop_unfinished(self.root / stage)
             if self.lease is None:
                 write_json(self.root / stage / MANIFEST, manifest)
             else:
@@ -334,7 +335,7 @@ class Run:
         return path
 
 
-def _drop_unfinished(folder):
+def drop_unfinished(folder: Place) -> None:
     """Remove what a killed writer of `folder` left under temporary names; the caller holds the lock."""
     if not isinstance(folder, ObjectPath):  # what is not put is not there
         for part in folder.glob(".*.tmp"):

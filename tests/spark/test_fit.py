@@ -228,15 +228,23 @@ def test_another_input_is_refused(fit, toy, tmp_path):
     assert (tmp_path / "run" / "run.json").read_bytes() == before
 
 
-def test_tags_follow_a_new_threshold_in_the_same_session(fit, toy, tmp_path):
-    """Workers that live on between jobs do not keep yesterday's tagger."""
+def test_tags_follow_a_new_threshold_in_the_same_session(fit, toy, tmp_path, monkeypatch):
+    """Workers that live on keep no tagger of yesterday; what a killed one left is no part of the tags."""
     import pandas as pd
 
     from jobs import tag as tagging
 
+    tag = tagging.tagging.tag
+
+    def with_a_killed_worker(spark, documents, attempt, *more):
+        (attempt / ".tags-00000.parquet.0123abcd.tmp").write_bytes(b"half")
+        return tag(spark, documents, attempt, *more)
+
+    monkeypatch.setattr(tagging.tagging, "tag", with_a_killed_worker)
     run = fit(toy)
     cfg = tagging.tag_config(str(run.root), None, list(SMALL))
     tagging.tag(str(run.root), None, str(toy), str(tmp_path / "before"), cfg)
+    assert not list((tmp_path / "before").glob(".*"))
     fit(toy, "calibrate.rule=fixed", "calibrate.calibration=none", overwrite=True)
     tagging.tag(str(run.root), None, str(toy), str(tmp_path / "after"), cfg)
     said = pd.concat(pd.read_parquet(tmp_path / "after")["tags"].map(lambda t: pd.DataFrame(list(t))).tolist())

@@ -56,6 +56,16 @@ def publish(run, value, stage="split", rows=5, attempt=None):
     return run.commit(stage, attempt, {"value": value}, tables, {"summary": f"value {value}"})
 
 
+def test_what_a_killed_worker_left_in_an_attempt_is_gone_when_it_is_published(run):
+    """Its task was repeated in the same folder."""
+    with run.writing():
+        attempt = run.attempt("split")
+        (attempt / ".folds-00000.parquet.0123abcd.tmp").write_bytes(b"half")
+        publish(run, 1, attempt=attempt)
+    assert temporary(run.root) == []
+    assert whole(run) == 1
+
+
 def fields(name):
     return [(f.name, f) for f in TABLES[name].schema]
 
