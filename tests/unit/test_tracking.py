@@ -1,6 +1,8 @@
 import contextlib
 import http.server
+import itertools
 import json
+import math
 import os
 import socket
 import sqlite3
@@ -327,6 +329,64 @@ def test_an_interrupted_attempt_is_closed_and_sent_anew(sent, tmp_path, monkeypa
     assert states[facts["run_id"]] == ("FINISHED", "active")
     assert facts["model_version"] == "2"
     assert champion(sent.client) == 2
+
+
+WRITES = ("create_", "log_", "set_", "update_", "delete_", "finalize_")
+
+
+def send_and_die(run, cfg, number):
+    """Exit code of a process that sends a run and is gone when it begins its write of that number."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 1
+    try:
+        import mlflow
+
+        made = itertools.count(1)
+
+        def dying(method):
+            def call(*arguments, **named):
+                if next(made) == number:
+                    os._exit(9)
+                return method(*arguments, **named)
+
+            return call
+
+        for name in dir(mlflow.MlflowClient):
+            if name.startswith(WRITES):
+                setattr(mlflow.MlflowClient, name, dying(getattr(mlflow.MlflowClient, name)))
+        tracking.send(run, cfg)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def test_killed_at_every_write_it_is_there_once_in_the_end(tmp_path):
+    """Each attempt gets one write further than the one before, and finds what that has left."""
+    # imported once, not by each process, as is what draws
+    import mlflow.store.model_registry.sqlalchemy_store
+    import mlflow.store.tracking.sqlalchemy_store
+
+    cfg = settings(f"mlflow.tracking_uri=sqlite:///{tmp_path}/mlflow.db")
+    run = finished_run(tmp_path / "run", cfg)
+    codes = []
+    while not codes or codes[-1] == 9:
+        codes.append(send_and_die(run, cfg, len(codes) + 1))
+    assert codes[-1] == 0
+    assert len(codes) > 15
+
+    client = mlflow.MlflowClient(cfg.mlflow.tracking_uri)
+    facts = tracking.send(run, cfg)
+    [sent] = client.search_runs([facts["experiment_id"]])
+    left = client.search_runs([facts["experiment_id"]], run_view_type=2)  # the deleted ones
+    assert sent.info.status == "FINISHED"
+    assert {found.info.status for found in left} == {"FAILED"}
+    finite = {name: value for name, value in METRICS.items() if value is not None and math.isfinite(value)}
+    assert finite.items() <= sent.data.metrics.items()
+    assert {len(client.get_metric_history(sent.info.run_id, name)) for name in finite} == {1}
+    [version] = client.search_model_versions()
+    assert (version.run_id, champion(client)) == (sent.info.run_id, int(version.version))
 
 
 def test_a_run_may_be_sent_without_the_alias_and_take_it_later(sent, tmp_path):
