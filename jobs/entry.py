@@ -533,6 +533,7 @@ def _matrix_key(run, recipe):
 def _publish(run):
     from pipeline.stages.evaluate import publish
 
+    run.fenced()
     publish(run)
 
 

@@ -257,22 +257,28 @@ class Run:
             drop_unfinished(self.root / stage)
             if self.lease is None:
                 write_json(self.root / stage / MANIFEST, manifest)
+                left = _attempts(self.root / stage, attempt)
             else:
                 manifest["lease"] = self.lease.number
-                self._put_manifest(self.root / stage / MANIFEST, as_json(manifest))
-            for other in (self.root / stage).iterdir():
-                if other.is_dir() and other.name != attempt.name:
-                    storage.remove(other)
+                left = self._put_manifest(stage, attempt, as_json(manifest))
+                self.lease.check()  # who slept after the put removes nothing
+            for other in left:
+                storage.remove(other)
         return manifest
 
-    def _put_manifest(self, path, content):
-        """Put a manifest where the one still stands that was there before the lease was looked at."""
+    def _put_manifest(self, stage, attempt, content):
+        """Put a manifest where the one still stands that was there before the lease was looked at.
+
+        The attempts that it leaves behind come back.  They are listed before that look: none is of a later holder.
+        """
         assert self.lease is not None
+        path = self.root / stage / MANIFEST
         for _ in range(3):  # a holder of before may have got in between, once
             seen = storage.version_of(path)
+            left = _attempts(self.root / stage, attempt)
             self.lease.check()
             if storage.publish(path, content, seen, self.lease.can):
-                return
+                return left
         raise LockedError(f"{path}: another process writes it too; stop it and run the same command again")
 
     def drop(self, stages: Iterable[str]) -> None:
@@ -333,6 +339,11 @@ class Run:
         if outside:
             raise DataError(f"{place} names {shown(path, 300)}, outside of the run")
         return path
+
+
+def _attempts(folder, but):
+    """The attempts in the folder of a stage, but for one."""
+    return [path for path in folder.iterdir() if path.is_dir() and path.name != but.name]
 
 
 def drop_unfinished(folder: Place) -> None:

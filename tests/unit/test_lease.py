@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+import jobs.entry
 from pipeline import lease, storage
 from pipeline.errors import LockedError, TagmillError
-from pipeline.store import Run
+from pipeline.stages import evaluate
+from pipeline.store import Run, entry
 
 ROOT = Path(lease.__file__).parents[1]
 
@@ -192,3 +194,46 @@ def test_what_a_sleeper_published_in_between_is_replaced(run, monkeypatch):
         monkeypatch.setattr(storage, "version_of", slept)
         run.commit("ingest", run.attempt("ingest"), {"by": "the holder"}, {}, {})
         assert late and run.finished("ingest")["recipe"] == {"by": "the holder"}
+
+
+@pytest.mark.parametrize("asleep", ["after the put", "while it removes"])
+def test_who_wakes_up_within_a_commit_removes_nothing_of_who_took_over(run, monkeypatch, asleep):
+    name = "publish" if asleep == "after the put" else "remove"
+    real = getattr(storage, name)
+    first, second = Run(run.root), Run(run.root)
+
+    def slept(*args, **kwargs):
+        monkeypatch.setattr(storage, name, real)
+        done = real(*args, **kwargs)
+        first.lease.done.set()  # it beats no more
+        with second.writing():
+            commit(second, "the second")
+        return done
+
+    def commit(by, names):
+        attempt = by.attempt("ingest")
+        (attempt / "labels.txt").write_bytes(names.encode())
+        path = attempt / "labels.txt"
+        by.commit("ingest", attempt, {"by": names}, {"labels": [entry(path, attempt, 1)]}, {})
+
+    with run.writing():
+        for number in range(2):  # left by attempts that were killed
+            (run.root / "ingest" / f"attempt-{number}" / "x").write_bytes(b"")
+    with first.writing():
+        monkeypatch.setattr(storage, name, slept)
+        if asleep == "after the put":
+            with pytest.raises(LockedError, match="taken over"):
+                commit(first, "the first")
+        else:
+            commit(first, "the first")
+    assert run.finished("ingest")["recipe"] == {"by": "the second"}
+    assert run.damage("ingest") is None
+
+
+def test_who_lost_its_lease_publishes_no_copies_of_the_metrics(run, monkeypatch):
+    with run.writing():
+        taken = lease.Lease(run.root, 2, storage.Conditions(True, True))
+        taken.path.write_bytes(taken.content())
+        monkeypatch.setattr(evaluate, "publish", lambda run: pytest.fail("published"))
+        with pytest.raises(LockedError, match="taken over"):
+            jobs.entry._publish(run)
