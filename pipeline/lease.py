@@ -78,20 +78,29 @@ class Lease:
         return json.dumps({**card, "released": released}).encode()
 
     def check(self) -> None:
-        """Raises LockedError where a later lease has been given: this process may publish no more."""
+        """Raises LockedError where a later lease has been given, or this one is not ours: nothing more is published."""
         highest = max(_numbers(self.root), default=0)
         if highest > self.number:
             raise LockedError(
                 f"{self.root}: taken over by another process (lease {highest}, ours is {self.number}) while this one "
                 "did not answer; nothing more is published: look at `tagmill status`, and run the same command again"
             )
+        try:
+            found = Found(self.number, self.path.read_bytes())
+        except FileNotFoundError:
+            found = Found(self.number, b"")
+        if found.card.get("token") != self.token:
+            raise LockedError(
+                f"{self.root}: lease {self.number} is held by {shown(found.holder, 200)} now, or was removed; nothing more "
+                "is published: see to it that one process at a time writes to the run, and run the same command again"
+            )
 
     def _renew(self) -> None:
         while not self.done.wait(RENEW):
             self.beat += 1
             try:
+                self.check()  # first: where nothing but care keeps writers apart, it may be another one's by now
                 self.path.write_bytes(self.content())
-                self.check()
             except LockedError as error:
                 log.warning("%s", error)
                 return
@@ -135,7 +144,8 @@ def held(root: ObjectPath) -> Iterator[Lease]:
     finally:
         lease.done.set()
         thread.join(10)  # a beat that hangs is overwritten, or ends as one that was not renewed
-        with contextlib.suppress(TagmillError):  # it is over then when it is not renewed
+        with contextlib.suppress(TagmillError):  # it is another one's, or over when it is not renewed
+            lease.check()
             lease.path.write_bytes(lease.content(released=True))
 
 

@@ -31,6 +31,7 @@ from urllib.parse import urlsplit
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.asyn import AsyncFileSystem
 from fsspec.registry import known_implementations
 from upath.extensions import ProxyUPath
 
@@ -580,6 +581,8 @@ class Conditions(NamedTuple):
 
 def conditions(folder: ObjectPath) -> Conditions:
     """Try out, with an object below `folder`, which conditions the store keeps."""
+    if not _creates(type(folder.fs)):
+        return Conditions(False, False)
     path = folder / f"probe-{uuid.uuid4().hex[:12]}"
     try:
         kept = create(path, b"first") and not create(path, b"second")
@@ -594,6 +597,12 @@ def conditions(folder: ObjectPath) -> Conditions:
         return Conditions(kept, replaced)
     finally:
         path.unlink(missing_ok=True)
+
+
+def _creates(driver):
+    """Whether a driver brings a conditional put of its own; fsspec's looks and then writes, which two may do at once."""
+    asynchronous = getattr(driver, "_pipe_file", AsyncFileSystem._pipe_file) is not AsyncFileSystem._pipe_file
+    return asynchronous or driver.pipe_file is not fsspec.AbstractFileSystem.pipe_file
 
 
 def create(path: ObjectPath, content: bytes) -> bool:

@@ -196,15 +196,21 @@ def test_what_a_sleeper_published_in_between_is_replaced(run, monkeypatch):
         assert late and run.finished("ingest")["recipe"] == {"by": "the holder"}
 
 
-@pytest.mark.parametrize("asleep", ["after the put", "while it removes"])
+@pytest.mark.parametrize("asleep", ["after the put", "after its last look"])
 def test_who_wakes_up_within_a_commit_removes_nothing_of_who_took_over(run, monkeypatch, asleep):
-    name = "publish" if asleep == "after the put" else "remove"
-    real = getattr(storage, name)
+    owner, name = (storage, "publish") if asleep == "after the put" else (lease.Lease, "check")
+    real = getattr(owner, name)
     first, second = Run(run.root), Run(run.root)
+    calls = []
 
-    def slept(*args, **kwargs):
-        monkeypatch.setattr(storage, name, real)
-        done = real(*args, **kwargs)
+    def slept(*args):
+        done = real(*args)
+        if threading.current_thread() is not threading.main_thread():
+            return done
+        calls.append(name)
+        if calls.count("check") == 1:  # before the put
+            return done
+        monkeypatch.setattr(owner, name, real)
         first.lease.done.set()  # it beats no more
         with second.writing():
             commit(second, "the second")
@@ -220,7 +226,7 @@ def test_who_wakes_up_within_a_commit_removes_nothing_of_who_took_over(run, monk
         for number in range(2):  # left by attempts that were killed
             (run.root / "ingest" / f"attempt-{number}" / "x").write_bytes(b"")
     with first.writing():
-        monkeypatch.setattr(storage, name, slept)
+        monkeypatch.setattr(owner, name, slept)
         if asleep == "after the put":
             with pytest.raises(LockedError, match="taken over"):
                 commit(first, "the first")
@@ -237,3 +243,35 @@ def test_who_lost_its_lease_publishes_no_copies_of_the_metrics(run, monkeypatch)
         monkeypatch.setattr(evaluate, "publish", lambda run: pytest.fail("published"))
         with pytest.raises(LockedError, match="taken over"):
             jobs.entry._publish(run)
+
+
+@pytest.mark.parametrize("theirs", [True, False])  # or removed by hand
+def test_who_shares_its_number_with_another_publishes_nothing(run, theirs, monkeypatch):
+    """Two came at once to a store that keeps no condition: the last one that wrote has it."""
+    monkeypatch.setattr(lease, "RENEW", 60.0)
+    first = Run(run.root)
+    with first.writing():
+        other = lease.Lease(run.root, first.lease.number, storage.Conditions(False, False))
+        if theirs:
+            other.path.write_bytes(other.content())
+            other.check()
+        else:
+            other.path.unlink()
+        with pytest.raises(LockedError, match=f"lease 1 is held by {other.holder if theirs else 'an unknown'}"):
+            first.fenced()
+    if theirs:  # not released, nor renewed
+        assert other.path.read_bytes() == other.content()
+
+
+def test_who_shares_its_number_with_another_stops_to_renew_it(run, caplog):
+    with run.writing():
+        mine = run.lease
+        other = lease.Lease(run.root, mine.number, storage.Conditions(False, False))
+        time.sleep(lease.RENEW / 3)
+        other.path.write_bytes(other.content())
+        time.sleep(3 * lease.RENEW)
+        if "nothing more is published" not in caplog.text:
+            other.path.write_bytes(other.content())  # a beat of ours was under way
+            time.sleep(3 * lease.RENEW)
+        assert "nothing more is published" in caplog.text
+        assert other.path.read_bytes() == other.content()

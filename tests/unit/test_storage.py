@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from jobs import entry as entry_
@@ -334,6 +336,17 @@ def test_conditions_of_the_stores(bucket, memory):
     assert storage.conditions(storage.place(f"{bucket}/x")) == (True, True)
     assert storage.conditions(storage.place(f"{memory}/x")) == (True, False)
     assert not list(storage.place(f"{bucket}/x").iterdir())
+
+
+def test_a_driver_that_looks_and_then_writes_keeps_no_condition(bucket, memory, monkeypatch, caplog):
+    assert storage._creates(type(storage.place(bucket).fs))  # its own, by the asynchronous method
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", AbstractFileSystem.pipe_file)
+    assert not storage._creates(MemoryFileSystem) and not storage._creates(AsyncFileSystem)
+    assert storage.conditions(storage.place(f"{memory}/x")) == (False, False)
+    run = Run(f"{memory}/run")
+    with run.writing():
+        publish(run, "new")
+    assert "see to it that one process at a time" in caplog.text and seen(run) == "new"
 
 
 def test_what_stands_there_is_not_overwritten(bucket):
