@@ -320,8 +320,11 @@ class Run:
 
     def _items(self, manifest: dict, table: str) -> Iterator[tuple[Any, dict]]:
         """The files that a manifest names for a table, with their entries; none is outside of the run folder."""
-        folder = self.root / manifest["stage"] / manifest["attempt"]
         place = f"{self.root}: the manifest of {shown(manifest['stage'])}"
+        for name in (manifest["stage"], manifest["attempt"]):
+            if name in ("", ".", "..") or "/" in name or "\0" in name:  # each is one folder
+                raise DataError(f"{place} names {shown(name, 300)}, outside of the run")
+        folder = self.root / manifest["stage"] / manifest["attempt"]
         _expect(place, manifest["tables"], **{table: list})
         for item in manifest["tables"][table]:
             _expect(place, item, file=str, bytes=int, sha256=str, rows=int)

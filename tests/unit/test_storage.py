@@ -130,16 +130,18 @@ def test_a_file_that_changed_is_found(root):
     assert "is missing" in run.damage("ingest")
 
 
-@pytest.mark.parametrize("name", ["../../other", "/etc/passwd", "s3://other/x", "a\0b"])
-def test_a_manifest_names_nothing_outside_of_the_run(memory, name):
+@pytest.mark.parametrize("key", ["file", "attempt", "stage"])
+@pytest.mark.parametrize("name", ["../../../other", "..", "/etc/passwd", "s3://other/x", "memory://other/x", "a\0b"])
+def test_a_manifest_names_nothing_outside_of_the_run(memory, key, name):
     run = Run(f"{memory}/run")
     with run.writing():
         publish(run, "ab")
         manifest = run.finished("ingest")
-        manifest["tables"]["labels"][0]["file"] = name
+        (manifest["tables"]["labels"][0] if key == "file" else manifest)[key] = name
         write_json(run.root / "ingest" / MANIFEST, manifest)
-    with pytest.raises(DataError, match="outside of the run"):
-        run.files("labels")
+    for look in (lambda: run.files("labels"), lambda: run.read("labels"), lambda: run.damage("ingest")):
+        with pytest.raises(DataError, match="outside of the run"):
+            look()
 
 
 class Killed(BaseException):

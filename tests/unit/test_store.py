@@ -479,7 +479,7 @@ def test_a_manifest_names_no_file_outside_of_the_run(run, tmp_path, key, payload
         if key == "file":
             manifest["tables"]["folds"][0]["file"] = payload
         elif payload == "link" and key == "stage":
-            manifest.update(stage="link", attempt=".")
+            manifest.update(stage="link", attempt="deep")
             manifest["tables"]["folds"][0]["file"] = "passwd"
         else:
             manifest[key] = payload
@@ -489,6 +489,15 @@ def test_a_manifest_names_no_file_outside_of_the_run(run, tmp_path, key, payload
     for look in (run.files, run.read, lambda table: run.damage("split")):
         with pytest.raises(DataError, match="outside of the run"):
             look("folds")
+
+
+@pytest.mark.parametrize("key", ["attempt", "stage"])
+@pytest.mark.parametrize("name", ["", ".", "..", "split/other", "../split"])
+def test_stage_and_attempt_of_a_manifest_are_one_folder_each(run, key, name):
+    publish(run, 1)
+    rewritten(run, lambda manifest: manifest.update({key: name}))
+    with pytest.raises(DataError, match="outside of the run"):
+        run.files("folds")
 
 
 @pytest.mark.parametrize(
