@@ -1,4 +1,4 @@
-"""Where a run and its input are: files of a disk, or objects of a store by their URI (any file system of fsspec).
+"""Where a run and its input are: files of a disk, or objects of a store by their URI (drivers of fsspec).
 
 What differs between the two stands here, and the lock of an object store in `lease`:
 
@@ -49,6 +49,8 @@ from pipeline.host import clean, host_folder, shared
 
 log = logging.getLogger(__name__)
 
+STORES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az")  # an object is put as a whole, and folders are names
+OTHERS = ("http", "https", "memory")  # input; one process alone
 EXTRAS = {"s3fs": "tagmill[s3]"}  # packages that an extra of ours brings
 BLOCK = 8 << 20  # bytes that are asked for at once where an object is read from its beginning to its end
 URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -214,16 +216,22 @@ def checked(uri: str) -> str:
         )
     if "::" in uri:
         raise ConfigError(f"{shown(uri, 300)}: is a chain of file systems; expected one URI")
-    if scheme not in fsspec.available_protocols():
-        raise ConfigError(f"{shown(uri, 300)}: unknown kind of storage {shown(scheme)}; expected s3, gs, abfs, ...")
-    package = known_implementations.get(scheme, {"class": "fsspec"})["class"].split(".")[0]
+    if scheme not in STORES + OTHERS:
+        raise ConfigError(
+            f"{shown(uri, 300)}: storage of the kind {shown(scheme)} is not supported; expected s3://, gs:// or abfs://, "
+            "for input also http:// or https://; where it can be mounted, give its path"
+        )
+    # abfss is made known by its driver
+    package = known_implementations.get(scheme, {"class": "adlfs"})["class"].split(".")[0]
+    wanted = EXTRAS.get(package, package)
     if importlib.util.find_spec(package) is None:
-        wanted = EXTRAS.get(package, package)
         raise ConfigError(f"{shown(uri, 300)}: needs the package {package}; install it: pip install '{wanted}'")
     try:
         fsspec.get_filesystem_class(scheme)
     except ImportError as error:  # of a package that the driver needs
-        raise ConfigError(f"{shown(uri, 300)}: {shown(error, 200)}") from error
+        raise ConfigError(
+            f"{shown(uri, 300)}: {shown(error, 200)}; install what is missing: pip install --upgrade '{wanted}'"
+        ) from error
     return uri
 
 
@@ -305,7 +313,7 @@ def refusal(error: BaseException, path: ObjectPath, what: str) -> TagmillError:
         return ConfigError(f"cannot {what} {shown(path, 300)}: this kind of storage cannot do it; choose another")
     if isinstance(error, FileNotFoundError):
         return InputError(f"{message}; check the bucket and the name")
-    return StorageError(message)
+    return StorageError(f"{message}; look into the store what is wrong there, and run the same command again")
 
 
 def _kinds(error):

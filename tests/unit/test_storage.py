@@ -12,6 +12,7 @@ import uuid
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -419,17 +420,34 @@ def test_a_secret_in_a_uri_is_refused_and_not_shown(uri):
     assert "hush" not in str(error.value)
 
 
+def missing(scheme):
+    raise ImportError("no module named x")
+
+
 def test_a_driver_that_is_not_installed_is_named(monkeypatch):
     there = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("s3fs", "gcsfs") else there(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in ("s3fs", "gcsfs", "adlfs") else there(name)
+    )
     with pytest.raises(ConfigError, match=r"needs the package s3fs; install it: pip install 'tagmill\[s3\]'"):
         Run("s3://bucket/run")
-    with pytest.raises(ConfigError, match="pip install 'gcsfs'"):
-        inputs.location("gs://bucket/in")
-    with pytest.raises(ConfigError, match="unknown kind of storage"):
-        Run("nosuch://bucket/run")
+    for uri, package in (("gs://bucket/in", "gcsfs"), ("abfs://b@a/in", "adlfs"), ("abfss://b@a/in", "adlfs")):
+        with pytest.raises(ConfigError, match=f"pip install '{package}'"):
+            inputs.location(uri)
     with pytest.raises(ConfigError, match="chain"):
         Run("zip://x::s3://bucket/run")
+    monkeypatch.undo()
+    monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
+    with pytest.raises(ConfigError, match=r"no module named x; install what is missing: .*'tagmill\[s3\]'"):
+        Run("s3://bucket/run")
+
+
+@pytest.mark.parametrize("kind", ["nosuch", "sftp", "hdfs", "zip", "github"])
+def test_another_kind_of_storage_is_refused(kind):
+    """A file system with folders of its own neither puts a file as a whole nor makes folders by names."""
+    for use in (Run, inputs.location):
+        with pytest.raises(ConfigError, match=f"the kind {kind} is not supported; expected s3://, gs:// or abfs://"):
+            use(f"{kind}://host/run")
 
 
 def test_a_refusal_is_one_line_and_an_exit_code(bucket, monkeypatch, capsys):
