@@ -205,6 +205,8 @@ def fit(
         input_path = info["input"]  # type: ignore[index]
     job = Job(run, cfg, versions.version(run, version) if version is not None else None)
     read = only is None or "ingest" in only
+    if read:
+        inputs.refuse_table(input_path, run.root)
     # files that are not there are found out before a folder is made; a table needs a session
     plan = inputs.planned(input_path, cfg) if read and not inputs.is_table(input_path) else None
     run.prepare()

@@ -28,17 +28,22 @@ def planned(path: str, cfg, spark=None, need_labels: bool = True) -> sources.Pla
     return sources.Plan((), ((path, 0, content_mark(table)),), ())
 
 
+def refuse_table(path: str, root: storage.Place, option: str = "--run") -> None:
+    """Raise ConfigError where `path` is a table and the run folder is in an object store."""
+    if is_table(path) and isinstance(root, storage.ObjectPath):
+        raise ConfigError(
+            f"{shown(path)}: Spark writes a table's rows, and folders in an object store are written without it; "
+            f"write the table to files and give their URI, or choose {option} on a file system that all hosts share"
+        )
+
+
 def exported(plan: sources.Plan, cfg, spark, run: Run, need_labels: bool = True) -> sources.Plan:
     """The plan with something to read: a table's rows go to a folder of the ingest stage, which drops it when done."""
     path, _, mark = plan.files[0]
     if not is_table(path):
         return plan
+    refuse_table(path, run.root)
     folder = run.root / "ingest" / f"table-{mark}"
-    if isinstance(folder, storage.ObjectPath):
-        raise ConfigError(
-            f"{shown(path)}: Spark writes a table's rows, and run folders in an object store are written without it; "
-            "write the table to files and give their URI, or choose a --run on a file system that all hosts share"
-        )
     storage.remove(folder)
     spark.sparkContext.setJobDescription("ingest: rows of the table")
     _table(path, cfg, spark).write.parquet(folder.as_uri())

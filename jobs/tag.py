@@ -49,6 +49,7 @@ def tag(
     out = place(output)
     if not out.name:
         raise ConfigError(f"--output {shown(output)}: is a bucket; expected a name in it, which becomes the folder")
+    inputs.refuse_table(input_path, out, "--output")
     # gold labels and splits of what is tagged are nobody's business here: they refuse no document
     cfg = cfg.model_copy(update={"input": cfg.input.model_copy(update={"labels": None, "split": None})})
     plan = None if inputs.is_table(input_path) else inputs.planned(input_path, cfg, need_labels=False)

@@ -199,16 +199,19 @@ def read_split(split: Split, fmt: Any) -> Iterator[pa.RecordBatch]:
 def refuse_changed(plan: Plan) -> None:
     """Raise InputError where a file has not the content any more that was planned: a mixture may have been read."""
     read = {split.file for split in plan.splits}
-    for path, _, mark in plan.files:
-        if path not in read:
-            continue
+    marks = {path: mark for path, _, mark in plan.files if path in read}
+
+    def mark_of(path: str) -> str:
         try:
             with storage.opened(path) as file:
-                now = _digest(file)
+                return _digest(file)
         except OSError as error:
             raise _in_our_words(path, error) from error
-        if now != mark:
-            raise InputError(f"{_name(path)} changed while it was read; run again when nobody writes to it")
+
+    with ThreadPoolExecutor() as pool:
+        for path, now in zip(marks, pool.map(mark_of, marks), strict=True):
+            if now != marks[path]:
+                raise InputError(f"{_name(path)} changed while it was read; run again when nobody writes to it")
 
 
 # Which files

@@ -566,6 +566,8 @@ class Mapped(NamedTuple):
             path.get(copy)
             if digest(copy) != expected:
                 raise DataError(f"{path}: missing or changed since it was written; run the same `tagmill fit` again")
+            sync_file(copy)  # nobody looks at it again, not after a power failure either
+        sync_folder(folder)
 
 
 def shipped(folder: Path, to: ObjectPath, cache_dir: str) -> Mapped:

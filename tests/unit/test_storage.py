@@ -1,10 +1,12 @@
 """Runs and inputs in an object store: in memory where one process will do, else behind HTTP on the loopback."""
 
+import errno
 import functools
 import gzip
 import hashlib
 import importlib.util
 import json
+import os
 import pickle
 import socket
 import threading
@@ -24,7 +26,7 @@ from jobs import entry as entry_
 from jobs import inputs, status, tag
 from pipeline import lease, sources, storage, versions
 from pipeline.config import Config
-from pipeline.errors import ConfigError, DataError, InputError, PermissionError_, ServiceError
+from pipeline.errors import ConfigError, DataError, InputError, PermissionError_, ServiceError, StorageError
 from pipeline.learners.tagger import Weights
 from pipeline.sources import SourceFormat
 from pipeline.stages import same_store, scores
@@ -538,6 +540,23 @@ def test_an_object_that_was_cut_is_noticed(memory):
         list(sources.read_split(split, SourceFormat()))
 
 
+def test_a_copy_is_on_the_disk_before_it_counts(memory, tmp_path, monkeypatch):
+    path = storage.place(f"{memory}/weights-bias.npy")
+    path.write_bytes(b"new")
+    mapped = storage.Mapped("run", (str(path),), (hashlib.sha256(b"new").hexdigest(),), str(tmp_path))
+    calls, rename = [], os.rename
+    monkeypatch.setattr(storage, "sync_file", lambda path: calls.append(path.name))
+    monkeypatch.setattr(os, "rename", lambda a, b: (calls.append("rename"), rename(a, b)))
+    assert (mapped.folder() / path.name).read_bytes() == b"new"
+    assert calls == [path.name, "rename"]
+
+
+def test_what_a_store_refuses_says_what_to_do():
+    refused = storage.refusal(OSError(errno.EIO, "odd"), storage.place("memory://b/x"), "write")
+    assert type(refused) is StorageError
+    assert str(refused).startswith("cannot write memory://") and "run the same command again" in str(refused)
+
+
 def test_mapped_files_are_copied_once_and_checked(root, tmp_path):
     folder = storage.place(f"{root}/train/attempt-1")
     with storage.filling(folder) as part:
@@ -624,6 +643,11 @@ def test_a_spark_table_needs_a_file_system(memory):
     plan = sources.Plan((), (("table:t", 0, "mark"),), ())
     with pytest.raises(ConfigError, match="file system that all hosts share"):
         inputs.exported(plan, Config(), None, Run(f"{memory}/run"))
+    with pytest.raises(ConfigError, match="choose --run on a file system"):
+        entry_.fit(f"{memory}/run", "table:t", Config())
+    with pytest.raises(ConfigError, match="choose --output on a file system"):
+        tag.tag(f"{memory}/run", None, "table:t", f"{memory}/tags", Config())
+    assert not storage.place(memory).exists()  # nothing was written
 
 
 def test_the_state_of_a_run_in_a_store(memory):
