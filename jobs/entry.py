@@ -204,7 +204,8 @@ def fit(
             run.info  # noqa: B018  (raises: not a run folder)
         input_path = info["input"]  # type: ignore[index]
     job = Job(run, cfg, versions.version(run, version) if version is not None else None)
-    read = only is None or "ingest" in only
+    again = only is not None and _begun_again(run, only)
+    read = only is None or "ingest" in only or again
     if read:
         inputs.refuse_table(input_path, run.root)
     # files that are not there are found out before a folder is made; a table needs a session
@@ -216,9 +217,12 @@ def fit(
             _forget_damaged_refits(run)
             if read and plan is None:
                 plan = inputs.planned(input_path, cfg, job.spark)
+            if again:
+                _refuse_another_list(run, plan)
             recipes = job.recipes(plan.files if plan else None)
             grow = _growth(job, recipes, labels) if only is None or "train" in only else None
             stages = [stage for stage in FIT if only is None or stage.name in only]
+            stages = _up_to(stages[-1]) if again else stages
             checked = stages if grow is None else [s for s in stages if s.name not in from_on("train")]
             redone = _refuse_others(job, checked, recipes, overwrite)
             if "evaluate" in redone:
@@ -236,14 +240,55 @@ def fit(
                 found = _run_stages(job, stages, recipes, plan, grow)
                 if not found:
                     return run
-                plan = plan or inputs.planned(input_path, cfg, job.spark)
-                recipes = _without(job, found, plan)
-                if grow is not None:
-                    grow = _growth(job, recipes, labels)
-                stages = list(FIT[: FIT.index(stages[-1]) + 1])
-            raise errors.DataError(poison.too_often(run, found))
+                with _failure_kept(run, found[0]["stage"]):
+                    if plan is None:
+                        plan = inputs.planned(input_path, cfg, None if not inputs.is_table(input_path) else job.spark)
+                    _refuse_to_begin_again(run, found, plan, grow)
+                    log.warning("%s: quarantined, begun again at ingest: %s", found[0]["stage"], poison.told(found))
+                    recipes = _without(job, found, plan)
+                stages = _up_to(stages[-1])
+            with _failure_kept(run, stages[0].name):
+                raise errors.DataError(poison.too_often(run, found))
         finally:
             job.stop()
+
+
+def _up_to(stage):
+    return list(FIT[: FIT.index(stage) + 1])
+
+
+def _begun_again(run, only):
+    """Whether a stage by itself had to begin again at ingest, and was stopped before it was back at itself."""
+    before = FIT[: [stage.name for stage in FIT].index(only[0])]
+    return run.exists and (run.root / poison.LIST).exists() and any(run.manifest(s.name) is None for s in before)
+
+
+def _refuse_another_list(run, plan):
+    """Go on without the documents of the list only where it is of this input and this code."""
+    if not poison.listed(run, poison.mark_of(_digests(plan), code_version())):
+        raise ConfigError(
+            f"{run.root}: was being made again without the documents of {poison.LIST}, and input or code are others "
+            "now: run `tagmill fit` (or jobs/ingest.py) of this folder"
+        )
+
+
+def _refuse_to_begin_again(run, found, plan, grow):
+    """Before anything is dropped: documents are left out of the same input, and not under models that are kept."""
+    ingested = run.manifest("ingest")
+    if ingested and ingested["recipe"]["inputs"]["files"] != _digests(plan):
+        raise ConfigError(
+            f"{run.root}: {poison.told(found)} must be left out, and the input is not any more what was ingested: "
+            "restore it, or run `tagmill fit --overwrite`"
+        )
+    if grow is not None:
+        raise ConfigError(
+            f"{run.root}: {poison.told(found)} must be left out, which changes the models of all labels: "
+            "run `tagmill fit` of this folder without --labels first"
+        )
+
+
+def _digests(plan):
+    return sorted(digest for _, _, digest in plan.files)
 
 
 def _run_stages(job, stages, recipes, plan, grow):
@@ -251,7 +296,6 @@ def _run_stages(job, stages, recipes, plan, grow):
     for stage in stages:
         with _failure_kept(job.run, stage.name):
             if found := run_stage(job, stage, recipes[stage.name], plan, grow):
-                log.warning("%s: quarantined, and begun again at ingest: %s", stage.name, poison.told(found))
                 return found
     return []
 
@@ -261,9 +305,10 @@ def _without(job, found, plan):
     run = job.run
     if run.manifest("evaluate"):
         versions.keep(run)
+    _warn_of_refits(run.manifest("train"), poison.told(found))
     # killed in between, the run finds them again; the other way round it would be one of another input
     run.drop(from_on("ingest"))
-    poison.grown(run, poison.mark_of((digest for _, _, digest in plan.files), code_version()), found)
+    poison.grown(run, poison.mark_of(_digests(plan), code_version()), found)
     return job.recipes(plan.files)
 
 
@@ -303,13 +348,19 @@ def _forget_damaged_refits(run):
     """A refitted stage train that is not whole any more is made from the run's settings alone, and says so."""
     manifest = run.manifest("train")
     if manifest and manifest["recipe"].get("refits") and (damage := run.damage("train")):
+        _warn_of_refits(manifest, damage)
+        run.drop(from_on("train"))
+
+
+def _warn_of_refits(manifest, why):
+    """Labels that were solved with settings of their own are solved with those of the run from now on."""
+    if manifest and manifest["recipe"].get("refits"):
         labels = sorted({name for refit in manifest["recipe"]["refits"] for name in refit["labels"]})
         log.warning(
             "train: %s; all labels are trained again with the settings of the run: repeat --labels for %s",
-            damage,
+            why,
             shown(", ".join(labels), 500),
         )
-        run.drop(from_on("train"))
 
 
 def _growth(job, recipes, labels):

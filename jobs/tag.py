@@ -70,7 +70,8 @@ def tag(
         }
         mark = fingerprint(recipe)
         current = _card(out)
-        if current and current["fingerprint"] == mark and _whole(out, current):
+        retried = overwrite and current and current.get("quarantine")  # perhaps with more time or memory
+        if current and current["fingerprint"] == mark and _whole(out, current) and not retried:
             log.info("tag: up to date (%s)", current["summary"])
             _clear(work)
             return current
@@ -147,7 +148,7 @@ def _tag(job, plan, source, settings, recipe):
     work, cfg = job.run, job.cfg
     mark = fingerprint(recipe)
     with Meter() as meter:
-        input_mark = poison.mark_of(recipe["files"], recipe["code"])
+        input_mark = poison.mark_of(recipe["files"], f"{recipe['code']} {fingerprint(recipe['model'])}")
         convicted = poison.listed(work, input_mark)
         for _ in range(poison.ROUNDS):
             manifest = _ingested(job, plan, recipe, convicted)

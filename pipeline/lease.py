@@ -91,8 +91,8 @@ class Lease:
             found = Found(self.number, b"")
         if found.card.get("token") != self.token:
             raise LockedError(
-                f"{self.root}: lease {self.number} is held by {shown(found.holder, 200)} now, or was removed; nothing more "
-                "is published: see to it that one process at a time writes to the run, and run the same command again"
+                f"{self.root}: lease {self.number} is held by {shown(found.holder, 200)} now, or was removed; nothing "
+                "more is published: see to it that one process at a time writes there, and run the same command again"
             )
 
     def _renew(self) -> None:

@@ -218,8 +218,8 @@ def checked(uri: str) -> str:
         raise ConfigError(f"{shown(uri, 300)}: is a chain of file systems; expected one URI")
     if scheme not in STORES + OTHERS:
         raise ConfigError(
-            f"{shown(uri, 300)}: storage of the kind {shown(scheme)} is not supported; expected s3://, gs:// or abfs://, "
-            "for input also http:// or https://; where it can be mounted, give its path"
+            f"{shown(uri, 300)}: storage of the kind {shown(scheme)} is not supported; expected s3://, gs:// or "
+            "abfs://, for input also http:// or https://; where it can be mounted, give its path"
         )
     # abfss is made known by its driver
     package = known_implementations.get(scheme, {"class": "adlfs"})["class"].split(".")[0]
@@ -610,7 +610,7 @@ def conditions(folder: ObjectPath) -> Conditions:
 
 
 def _creates(driver):
-    """Whether a driver brings a conditional put of its own; fsspec's looks and then writes, which two may do at once."""
+    """Whether a driver brings a conditional put of its own; fsspec's looks and then writes, as two may at once."""
     asynchronous = getattr(driver, "_pipe_file", AsyncFileSystem._pipe_file) is not AsyncFileSystem._pipe_file
     return asynchronous or driver.pipe_file is not fsspec.AbstractFileSystem.pipe_file
 

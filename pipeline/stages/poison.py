@@ -144,6 +144,7 @@ def bounded(limits: Limits) -> Iterator[None]:
     The timer of the kernel needs no thread, and no interpreter that still turns.
     """
     before = resource.getrlimit(resource.RLIMIT_AS)
+    handler = _deadly(signal.SIGALRM)
     if limits.memory:
         _limit_memory(limits.memory)
     timer = signal.setitimer(signal.ITIMER_REAL, limits.seconds)
@@ -151,15 +152,22 @@ def bounded(limits: Limits) -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
         if limits.memory:
             resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+def _deadly(number):
+    """Have a signal end this process, whatever was inherited; the handler of before."""
+    before = signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+    return before
+
+
 def _limit_memory(more):
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = psutil.Process().memory_info().vms + more
-    if hard != resource.RLIM_INFINITY:
-        limit = min(limit, hard)
+    limit = min([limit, *(given for given in (soft, hard) if given != resource.RLIM_INFINITY)])
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
@@ -222,7 +230,9 @@ def _child(items, work, limits, board) -> NoReturn:
         with contextlib.suppress(AttributeError):
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nothing outlives a worker
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        for number in (signal.SIGALRM, *OUTSIDE):
+            if number != signal.SIGKILL:
+                _deadly(number)
         if limits.memory:
             _limit_memory(limits.memory)
         for item in items:
@@ -235,7 +245,10 @@ def _child(items, work, limits, board) -> NoReturn:
     except MemoryError:  # Arrow's is one too; nothing is left to make a message of
         board[16:27] = b"MemoryError"
     except BaseException as error:
-        text = f"{type(error).__name__}: {shown(' '.join(str(error).split()), 300)}".encode()[: BOARD - 16]
+        text = type(error).__name__.encode()
+        with contextlib.suppress(Exception):  # an error that cannot say what it is
+            text += f": {shown(' '.join(str(error).split()), 300)}".encode()
+        text = text[: BOARD - 16]
         board[16 : 16 + len(text)] = text
     finally:
         os._exit(1)

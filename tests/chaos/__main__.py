@@ -4,12 +4,12 @@
 
 Workload: the command itself on a small generated corpus.  Nemesis: seeded choice of victim and moment, half of them
 while a file is being published.  Checker: `checker`, which knows nothing of the pipeline.  Every kill is a line of
-JSON; the seed is printed first and last.  Exit code 1 where anything was wrong.
+JSON; the seed is printed first and last.  Exit code 4 where anything was wrong, another one where nothing was killed.
 
 --cluster starts a master with two workers on the loopback, and kills executors, workers and the master too; a dead
 worker or master is started again.
 
---mutation takes a guard of the pipeline away (`mutations`): the loop must then end with exit code 1.
+--mutation takes a guard of the pipeline away (`mutations`): the loop must then end with exit code 4.
 """
 
 import argparse
@@ -330,7 +330,9 @@ def main() -> int:
             found = loop(Path(folder), arguments.kills, arguments.seed, place, arguments.mutation, tell)
         finally:
             place.stop()
-    return int(bool(found["wrong"]))
+    if found["wrong"]:
+        return 4 if found["kills"] else 3
+    return 0
 
 
 if __name__ == "__main__":

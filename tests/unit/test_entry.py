@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.metadata
 import logging
 import os
@@ -10,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from jobs import entry, inputs
-from jobs.entry import Job, code_version, guarded, stage_settings, translated
+from jobs import entry, inputs, status
+from jobs.entry import Job, Terminated, code_version, guarded, stage_settings, translated
 from pipeline import code, errors
 from pipeline.config import Config, load
 from pipeline.errors import (
@@ -451,7 +452,54 @@ def test_a_stage_by_itself_begins_again_at_ingest_and_ends_with_itself(staged, t
     assert run.manifest("ingest") is None
 
 
-def test_convictions_without_end_end_the_run(staged, monkeypatch):
+@pytest.fixture
+def stopped(staged, tmp_path, toy, monkeypatch):
+    """A run whose stage featurize began again at ingest, and was stopped before ingest was done."""
+    staged({}, only=("ingest",))
+    run = Run(tmp_path / "fitted")
+    recipe = Job(run, Config()).recipes(inputs.planned(str(toy), Config()).files)["ingest"]
+    run.commit("ingest", run.attempt("ingest"), recipe, {}, {})
+    monkeypatch.setattr(poison, "grown", stop := Stopping(poison.grown))
+    with pytest.raises(Terminated):
+        staged({"featurize": ["a"]}, only=("featurize",))
+    monkeypatch.setattr(poison, "grown", stop.function)
+    return run
+
+
+class Stopping:
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *arguments):
+        self.function(*arguments)
+        raise Terminated
+
+
+def test_a_stage_that_began_again_at_ingest_goes_on_there_when_it_was_stopped(staged, stopped):
+    assert stopped.manifest("ingest") is None
+    assert staged({}, only=("featurize",)) == [("ingest", "a"), "split", "featurize"]
+
+
+def test_a_stage_that_began_again_does_not_take_in_another_input(staged, stopped, monkeypatch):
+    other = inputs.planned(stopped.info["input"], Config())
+    other = dataclasses.replace(other, files=(*other.files, ("more.jsonl", 1, "0" * 64)))
+    monkeypatch.setattr(inputs, "planned", lambda *_: other)
+    with pytest.raises(ConfigError, match="input or code are others now"):
+        staged({}, only=("featurize",))
+
+
+def test_documents_are_not_left_out_of_another_input_than_was_ingested(staged, tmp_path, toy, monkeypatch):
+    staged({}, only=("ingest",))
+    run = Run(tmp_path / "fitted")
+    recipe = Job(run, Config()).recipes([("earlier.jsonl", 1, "0" * 64)])["ingest"]
+    run.commit("ingest", run.attempt("ingest"), recipe, {}, {})
+    with pytest.raises(ConfigError, match="not any more what was ingested"):
+        staged({"featurize": ["a"]}, only=("featurize",))
+    assert run.manifest("ingest") is not None
+    assert not (run.root / poison.LIST).exists()
+
+
+def test_convictions_without_end_end_the_run(staged, tmp_path, monkeypatch):
     monkeypatch.setattr(poison, "ROUNDS", 3)
 
     rounds = []
@@ -464,6 +512,7 @@ def test_convictions_without_end_end_the_run(staged, monkeypatch):
     with pytest.raises(errors.DataError, match=r"3 times in a row, last d7\\n oom .*remove them from the input"):
         staged(Endless())
     assert len(rounds) == 3
+    assert status.found(Run(tmp_path / "fitted"))["code"] == 65
 
 
 def test_a_single_stage_builds_on_what_was_ingested(job):

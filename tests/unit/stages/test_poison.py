@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import resource
 import signal
 import time
 
@@ -13,7 +14,7 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.stages import poison
-from pipeline.stages.poison import Death, Guard, Limits, alone, bounded, isolated, verdict_of
+from pipeline.stages.poison import Guard, Limits, alone, bounded, isolated
 from pipeline.store import Run
 
 LIMITS = Limits(20.0, 1_000_000_000)
@@ -83,9 +84,48 @@ def test_a_kill_from_outside_is_no_evidence_until_it_comes_each_time(kills, reas
     assert (verdict and verdict["reason"]) == reason
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT])
 def test_who_is_asked_to_end_is_never_convicted(number):
-    assert verdict_of(Death(0, number, 0, "", 0.1, 1), LIMITS) is None
+    assert alone(0, lambda _: os.kill(os.getpid(), number), LIMITS) is None
+
+
+def test_a_timer_counts_whatever_a_parent_does_with_its_signal():
+    before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    try:
+        found = alone(0, lambda _: time.sleep(60), LIMITS._replace(seconds=0.2))
+        child = os.fork()
+        if child == 0:
+            with bounded(LIMITS._replace(seconds=0.2)):
+                time.sleep(20)
+            os._exit(0)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+        signal.signal(signal.SIGALRM, before)
+    assert found and found["reason"] == "timeout"
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGALRM
+
+
+def test_a_limit_of_memory_that_is_there_is_not_raised():
+    child = os.fork()
+    if child == 0:
+        given = psutil.Process().memory_info().vms + (1 << 30)
+        resource.setrlimit(resource.RLIMIT_AS, (given, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        with bounded(LIMITS._replace(memory=1 << 40)):
+            os._exit(int(resource.getrlimit(resource.RLIMIT_AS)[0] != given))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_an_error_that_cannot_say_what_it_is_goes_by_its_name():
+    class Mute(Exception):
+        def __str__(self):
+            raise ValueError
+
+    def work(_):
+        raise Mute
+
+    found = alone(0, work, LIMITS)
+    assert found and found["reason"] == "error:Mute"
 
 
 def test_a_child_does_not_outlive_its_parent():
