@@ -27,6 +27,7 @@ from pipeline.config import Config
 from pipeline.errors import ConfigError, InputError, TagmillError, shown
 from pipeline.flow import FIT, Stage, upstream
 from pipeline.stages import poison
+from pipeline.stages.executors import executors_wanted
 from pipeline.storage import digest, explained
 from pipeline.store import FAILURE, Run, fingerprint, stages_done, write_json
 
@@ -548,6 +549,7 @@ def run_stage(
     with (
         Meter() as meter,
         watching(context, stage.name),
+        executors_wanted(getattr(job, "_spark", None), job.cfg.spark.wait),
         explained(attempt, "write to"),
     ):
         outcome, found = poison.judged(

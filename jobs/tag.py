@@ -30,6 +30,7 @@ from pipeline.sources import refuse_changed
 from pipeline.stages import ingest as ingesting
 from pipeline.stages import poison
 from pipeline.stages import tag as tagging
+from pipeline.stages.executors import executors_wanted
 from pipeline.storage import ObjectPath, copy, digest, explained, place, remove, shipped, sync_folder
 from pipeline.store import Run, drop_unfinished, fingerprint, write_json
 
@@ -159,7 +160,7 @@ def _tag(job, plan, source, settings, recipe):
             guard = poison.Guard.of("tag", result, cfg.spark)
             documents, cache = work.files("documents"), cfg.spark.cache_dir
             tagged = functools.partial(tagging.tag, job.spark, documents, result, source, settings, mark, guard, cache)
-            with watching(job.spark.sparkContext, "tag"):
+            with watching(job.spark.sparkContext, "tag"), executors_wanted(job.spark, cfg.spark.wait):
                 outcome, found = poison.judged(result, tagged)
             if outcome is not None:
                 break
@@ -234,7 +235,7 @@ def _ingested(job, plan, recipe, convicted):
     if manifest and manifest["fingerprint"] == fingerprint(recipe) and not work.damage("ingest"):
         return manifest
     attempt = work.attempt("ingest")
-    with watching(job.spark.sparkContext, "ingest"):
+    with watching(job.spark.sparkContext, "ingest"), executors_wanted(job.spark, cfg.spark.wait):
         rows = inputs.exported(plan, cfg, job.spark, work, need_labels=False)
         outcome = ingesting.ingest(job.spark, rows, attempt, cfg, False, convicted)
         refuse_changed(plan)

@@ -7,12 +7,12 @@ import logging
 import os
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Iterable
 
 from pipeline.code import code_version
-from pipeline.errors import ConfigError, ServiceError, TagmillError, shown
+from pipeline.errors import ConfigError, TagmillError, shown
+from pipeline.stages.executors import executors_wanted
 from pipeline.stages.parts import run_tasks
 from pipeline.storage import ObjectPath, Place, explained, place, remove
 from pipeline.store import PROBE, write_bytes
@@ -46,7 +46,7 @@ def check_same_store(spark, root: Place, wait: float) -> list[str]:
             write_bytes(folder / TOKEN, token.encode())
         count = max(2, 2 * spark.sparkContext.defaultParallelism)  # so that no executor is left out
         tasks = [(str(folder), token, number) for number in range(count)]
-        with _giving_up(spark, wait):
+        with executors_wanted(spark, wait):
             found = run_tasks(spark, "start: do all hosts see the run folder", answer, tasks)
         problems = [(host, problem or _unseen(folder, token, number, host)) for number, host, problem, _ in found]
         _refuse(root, problems)
@@ -118,32 +118,3 @@ def _by_problem(found):
     for host, problem in found:
         hosts.setdefault(problem, set()).add(host)
     return "; ".join(f"{shown(', '.join(sorted(names)), 300)} {problem}" for problem, names in sorted(hosts.items()))
-
-
-class _giving_up:
-    """While the block waits for a first executor: cancel its job after `wait` seconds without one."""
-
-    def __init__(self, spark, wait: float):
-        self.spark, self.wait, self.done, self.late = spark, wait, threading.Event(), False
-
-    def __enter__(self):
-        threading.Thread(target=self._watch, name="executors", daemon=True).start()
-
-    def __exit__(self, kind, error, trace):
-        self.done.set()
-        if self.late and error is not None:
-            raise ServiceError(
-                f"no executor of {shown(self.spark.sparkContext.master)} started within spark.wait = {self.wait:g} s; "
-                "check that a worker has spark.executor.cores and spark.executor.memory free"
-            ) from error
-
-    def _watch(self):
-        context = self.spark.sparkContext
-        if self.done.wait(self.wait):
-            return
-        try:
-            if context._jsc.sc().getExecutorMemoryStatus().size() <= 1:  # the driver is one of them
-                self.late = True
-                context.cancelAllJobs()
-        except Exception as error:  # the context is stopping
-            log.debug("spark: %s", error)

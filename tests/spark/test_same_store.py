@@ -133,6 +133,7 @@ def test_no_executor_in_time(tmp_path):
 
     class Context:
         master, defaultParallelism = "spark://h:1", 1
+        statusTracker = staticmethod(lambda: SimpleNamespace(getActiveJobsIds=lambda: [0]))
         _jsc = SimpleNamespace(
             sc=lambda: SimpleNamespace(getExecutorMemoryStatus=lambda: SimpleNamespace(size=lambda: 1))
         )
@@ -152,6 +153,6 @@ def test_no_executor_in_time(tmp_path):
         def cancelAllJobs(self):
             cancelled.append(True)
 
-    with pytest.raises(ServiceError, match=r"no executor of spark://h:1 started within spark.wait = 0.2 s"):
+    with pytest.raises(ServiceError, match=r"no executor of spark://h:1 within spark.wait = 0.2 s"):
         check_same_store(SimpleNamespace(sparkContext=Context()), tmp_path, 0.2)
     assert list(tmp_path.iterdir()) == []
