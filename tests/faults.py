@@ -1,6 +1,7 @@
 """Faults of the operating system, put into a chosen call of a process by strace."""
 
 import ctypes
+import logging
 import os
 import re
 import select
@@ -58,6 +59,7 @@ def traced(folder: Path, action: Callable[[], object], inject: str | None = None
             os.close(start)
             ctypes.CDLL(None).prctl(0x59616D61, -1, 0, 0, 0)  # PR_SET_PTRACER: strace is no parent of this process
             sys.stderr = errors.open("w")
+            logging.getLogger().handlers.clear()  # of tests before, whose streams are closed
 
             def command():
                 os.close(tell)
