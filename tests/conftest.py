@@ -1,5 +1,6 @@
 """Fixtures: the toy corpus, one Spark session per process, the folder of real corpora."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -17,6 +18,15 @@ SMALL = ("train.labels_per_block=2", "mlflow.enabled=false", "spark.master=local
 def own_home(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("TAGMILL_HOME", str(tmp_path_factory.getbasetemp() / "home"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def own_log():
+    """What a command logs to is the stream of its test, which is closed for the next one."""
+    yield
+    for handler in logging.getLogger().handlers[:]:
+        if type(handler) is logging.StreamHandler:
+            logging.getLogger().removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
