@@ -245,7 +245,8 @@ def fit(
                     if plan is None:
                         plan = inputs.planned(input_path, cfg, None if not inputs.is_table(input_path) else job.spark)
                     _refuse_to_begin_again(run, found, plan, grow)
-                    log.warning("%s: quarantined, begun again at ingest: %s", found[0]["stage"], poison.told(found))
+                    stage, told = found[0]["stage"], poison.told(found)
+                    log.warning("%s: quarantined, and begun again at ingest: %s", stage, told)
                     recipes = _without(job, found, plan)
                 stages = _up_to(stages[-1])
             with _failure_kept(run, stages[0].name):
