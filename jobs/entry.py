@@ -243,7 +243,7 @@ def fit(
                     return run
                 with _failure_kept(run, found[0]["stage"]):
                     if plan is None:
-                        plan = inputs.planned(input_path, cfg, None if not inputs.is_table(input_path) else job.spark)
+                        plan = inputs.planned(input_path, cfg, job.spark)
                     _refuse_to_begin_again(run, found, plan, grow)
                     stage, told = found[0]["stage"], poison.told(found)
                     log.warning("%s: quarantined, and begun again at ingest: %s", stage, told)
@@ -550,7 +550,7 @@ def run_stage(
     with (
         Meter() as meter,
         watching(context, stage.name),
-        executors_wanted(getattr(job, "_spark", None), job.cfg.spark.wait),
+        executors_wanted(arguments[0], job.cfg.spark.wait),
         explained(attempt, "write to"),
     ):
         outcome, found = poison.judged(
