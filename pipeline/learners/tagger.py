@@ -4,7 +4,6 @@ It is a folder of plain files (JSON, Parquet, .npy), checked by SHA-256 before a
 code.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from pipeline.kernels import calibration, scoring
 from pipeline.learners.document_rules import DocumentRule
 from pipeline.learners.label_rules import LabelRules, apply, compiled, names_of
 from pipeline.learners.vectorizer import Vocabulary, batches, one_array, vectorize
-from pipeline.storage import fetch, read_table
+from pipeline.storage import digest, fetch, read_table
 from pipeline.tables import TABLES
 
 FORMAT = 2  # 1: thresholds by label only, which is still written where they are all there is
@@ -181,7 +180,7 @@ class Tagger(NamedTuple):
                 f"{folder}: format {version} is newer than this version reads ({FORMAT}); upgrade tagmill"
             )
         for name, expected in digests:
-            if Path(name).name != name or not (folder / name).is_file() or sha256(folder / name) != expected:
+            if Path(name).name != name or not (folder / name).is_file() or digest(folder / name) != expected:
                 raise DataError(
                     f"{folder / name}: missing or changed since the model was written; fetch the model again"
                 )
@@ -292,13 +291,8 @@ def save(
         (folder / name).write_text(json.dumps(value, indent=1, sort_keys=True), encoding="utf-8")
     # an earlier version would tag by thresholds alone, without a word
     version = 1 if document.plain else FORMAT
-    card = {"format": version, "settings": settings, "sha256": {p.name: sha256(p) for p in sorted(folder.iterdir())}}
+    card = {"format": version, "settings": settings, "sha256": {p.name: digest(p) for p in sorted(folder.iterdir())}}
     (folder / "tagger.json").write_text(json.dumps(card, indent=1, sort_keys=True), encoding="utf-8")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flat(table, column):

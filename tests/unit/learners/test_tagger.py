@@ -13,6 +13,7 @@ from pipeline.learners.document_rules import DocumentRule
 from pipeline.learners.tagger import Decisions, Tagger, Weights, save, tag_lists
 from pipeline.learners.vectorizer import count_documents
 from pipeline.stages.featurize import choose_terms
+from pipeline.storage import digest
 from pipeline.tables import TABLES
 
 FEATURES, LABELS = 30, 9
@@ -313,7 +314,7 @@ def test_a_newer_format_is_refused(folder):
 
 def test_a_name_that_leaves_the_folder_is_refused(folder):
     (folder.parent / "outside").write_bytes(b"x")
-    with_card(folder, sha256={"../outside": tagger.sha256(folder.parent / "outside")})
+    with_card(folder, sha256={"../outside": digest(folder.parent / "outside")})
     with pytest.raises(DataError, match="outside"):
         Tagger.load(folder)
 
