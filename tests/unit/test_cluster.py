@@ -27,9 +27,12 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setattr(cluster, "spark_class", lambda: str(script))
     monkeypatch.setattr(cluster, "java_home", lambda: "/java")
-    monkeypatch.setattr(cluster, "_registered", lambda ui: 2)
-    yield tmp_path / "cluster"
-    cluster.down(tmp_path / "cluster")
+    folder = tmp_path / "cluster"
+    # a master and two workers a cluster, each of which has come as far as its line
+    monkeypatch.setattr(cluster, "_registered", lambda ui: 0 if len(started(folder)) % 3 else 2)
+    (tmp_path / "started").touch()
+    yield folder
+    cluster.down(folder)
 
 
 def started(place):

@@ -665,6 +665,7 @@ class Spark:
 
     class sparkContext:
         defaultParallelism = 1
+        master = "local[1]"
 
 
 def test_driver_and_executors_find_each_other_in_a_store(root, monkeypatch):
