@@ -777,13 +777,13 @@ def logging_to_stderr(debug: bool = False) -> None:
     """Lines of Tagmill's own log on stderr; libraries speak up at warnings."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(message)s"))
+    # what py4j logs with a traceback, some of it as the root logger, it raises too, and the last line tells it
+    handler.addFilter(lambda record: debug or Path(record.pathname).parent.name != "py4j")
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for name in ("tagmill", "pipeline"):
         logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.INFO)
     for name in ("mlflow", "alembic", "numba"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # what it logs with a traceback it raises too: a signal in the middle of a call is told by the last line
-    logging.getLogger("py4j").setLevel(logging.ERROR if debug else logging.CRITICAL)
 
 
 class _OneLine(logging.Formatter):

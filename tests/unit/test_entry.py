@@ -1,15 +1,20 @@
+import contextlib
 import dataclasses
 import importlib.metadata
 import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
 import pytest
+from py4j.java_gateway import GatewayClient
+from py4j.protocol import Py4JNetworkError
 
 from jobs import entry, inputs, status
 from jobs.entry import Job, Terminated, code_version, guarded, stage_settings, translated
@@ -325,6 +330,17 @@ def test_our_own_errors_stay_as_they_are():
 def test_data_cannot_forge_a_line_of_the_log():
     record = logging.LogRecord("tagmill", logging.INFO, "", 0, "train: %s", ("label\nforged \x1b[31m",), None)
     assert entry._OneLine("%(message)s").format(record) == r"train: label\nforged \x1b[31m"
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_what_py4j_raises_it_does_not_log_too_but_for_debugging(monkeypatch, capsys, debug):
+    monkeypatch.setattr(logging.root, "handlers", [])
+    entry.logging_to_stderr(debug)
+    with socket.create_server(("127.0.0.1", 0)) as jvm:
+        threading.Thread(target=lambda: jvm.accept()[0].close(), daemon=True).start()  # it dies
+        with contextlib.suppress(Py4JNetworkError):
+            GatewayClient(port=jvm.getsockname()[1]).send_command("c\n", retry=False)
+    assert ("Exception while sending command" in capsys.readouterr().err) is debug
 
 
 # -- what decides a stage ----------------------------------------------------------------------------------------------
