@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -637,26 +637,39 @@ def guarded(function: Callable[[], object], debug: bool = False) -> int:
         with _no_signal_lost():
             function()
         print(end="", flush=True)  # the reader of a short output may have left, and nothing was written before
-    except Terminated:
-        _stop(children() - before)
-        print("tagmill: stopped by a signal; run the same command again to go on", file=sys.stderr)
-        return errors.TERMINATED
-    except KeyboardInterrupt:
-        _stop(children() - before)
-        print("tagmill: interrupted; run the same command again to go on", file=sys.stderr)
-        return errors.INTERRUPTED
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and _reader_left():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        known = translated(error)
-        if debug:
-            traceback.print_exc()
-        if known is None:
-            return _our_bug(error)
-        print(f"tagmill: {one_line(known)}", file=sys.stderr)
-        return known.code
+    except (Exception, Terminated, KeyboardInterrupt) as error:
+        return _ended(error, before, debug)
     return 0
+
+
+def _ended(error: BaseException, before: set[psutil.Process], debug: bool) -> int:
+    """Say on stderr why the command ended; its exit code."""
+    for met in _behind(error):  # a library that cleans up after a signal may raise another error in its place
+        if isinstance(met, Terminated | KeyboardInterrupt):
+            _stop(children() - before)
+            how, code = "interrupted", errors.INTERRUPTED
+            if isinstance(met, Terminated):
+                how, code = "stopped by a signal", errors.TERMINATED
+            print(f"tagmill: {how}; run the same command again to go on", file=sys.stderr)
+            return code
+    if isinstance(error, BrokenPipeError) and _reader_left():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    known = translated(error)
+    if debug:
+        traceback.print_exc()
+    if known is None:
+        return _our_bug(error)
+    print(f"tagmill: {one_line(known)}", file=sys.stderr)
+    return known.code
+
+
+def _behind(error: BaseException) -> Iterator[BaseException]:
+    """An exception, and all that it was raised from or after."""
+    found = [error]
+    for met in found:
+        yield met
+        found += [other for other in (met.__cause__, met.__context__) if other is not None and other not in found]
 
 
 @contextlib.contextmanager
@@ -753,11 +766,7 @@ def _jvm_is_gone(error):
         return True
     if type(error).__name__ != "Py4JError":
         return False
-    seen = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        error = error.__cause__ or error.__context__
-    return any(isinstance(e, ConnectionError) or type(e).__name__ == "Py4JNetworkError" for e in seen)
+    return any(isinstance(e, ConnectionError) or type(e).__name__ == "Py4JNetworkError" for e in _behind(error))
 
 
 def _our_bug(error):

@@ -229,7 +229,7 @@ def _without_duplicates(table):
             for row in rows if conflict else rows[1:]:
                 marks[row] = "id_conflict" if conflict else "duplicate"
         refused.append(_rejects(good.take(sorted(marks)), [marks[row] for row in sorted(marks)]))
-        good = good.take(sorted(keep))
+        good = good.take(pa.array(sorted(keep), pa.int64()))  # there may be none
     return good, pa.concat_tables([r.cast(TABLES["rejects"].schema) for r in refused])
 
 

@@ -324,6 +324,24 @@ def test_our_own_errors_stay_as_they_are():
     assert translated(error) is error
 
 
+@pytest.mark.parametrize(("kind", "code"), [(Terminated, 143), (KeyboardInterrupt, 130)])
+def test_a_signal_is_told_where_a_library_raises_another_error_as_it_cleans_up(capsys, kind, code):
+    def collect():
+        try:
+            raise kind
+        finally:  # PySpark asks for the result of a job whose socket it has just left
+            raise RuntimeError("Exception thrown in awaitResult")
+
+    def command():
+        try:
+            collect()
+        except RuntimeError as error:
+            raise ValueError("in words of ours") from error
+
+    assert guarded(command) == code
+    assert capsys.readouterr().err.count("run the same command again to go on") == 1
+
+
 # -- log lines ---------------------------------------------------------------------------------------------------------
 
 

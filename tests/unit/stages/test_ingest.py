@@ -40,6 +40,14 @@ def test_of_a_repeated_one_each_record_counts_once():
     assert sorted(repeated["reason"].to_pylist() + convicted["reason"].to_pylist()) == ["duplicate"] * 2 + ["oom"]
 
 
+def test_where_all_that_is_left_contradicts_itself_nothing_is_kept():
+    table = keyed("d0", "d0")
+    table = table.set_column(table.schema.get_field_index("text"), "text", pa.array(["one", "two"]))
+    kept, rejects = ingest._without_duplicates(table)
+    assert kept.num_rows == 0
+    assert rejects["reason"].to_pylist() == ["id_conflict"] * 2
+
+
 def test_without_a_list_nothing_is_looked_for():
     table = keyed("d0")
     kept, rejects = ingest._without_convicted(table, {})
