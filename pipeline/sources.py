@@ -26,6 +26,7 @@ from io import BufferedReader
 from itertools import count, pairwise
 from typing import Any, BinaryIO, NoReturn
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -1040,7 +1041,8 @@ def _kept_labels(lists: pa.Array, fmt: Any) -> tuple[pa.Array, pa.Array, pa.Arra
     kept, at_fault = _kept_strings(encoded.dictionary, fmt)
     names = kept.drop_null().unique().sort()
     rank = pc.index_in(kept, names).take(encoded.indices)
-    row = pc.list_parent_indices(lists)
+    # not list_parent_indices: of a list that is null it counts values too where a file has any
+    row = pa.array(np.repeat(np.arange(len(lists)), pc.list_value_length(lists).fill_null(0).to_numpy()))
     # (row, label) as one number, and 0 as the first label of every row, so that none is without
     width = len(names) + 1
     firsts = pc.multiply(pa.array(range(len(lists)), pa.int64()), width)

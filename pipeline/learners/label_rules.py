@@ -360,13 +360,13 @@ def _named(document) -> Iterator[tuple[str, str]]:
 
 
 def _read(path, what, limit):
-    if not path.is_file():
-        raise InputError(f"{shown(path, 300)}: no such {what}")
     try:
+        if not path.is_file():
+            raise InputError(f"{shown(path, 300)}: no such {what}")
         size = path.stat().st_size
         data = path.read_bytes() if size <= limit else b""
-    except OSError as error:
-        raise InputError(f"{path}: not readable: {error.strerror}") from error
+    except OSError as error:  # a name may be too long to ask for
+        raise InputError(f"{shown(path, 300)}: not readable: {error.strerror}") from error
     if size > limit:
         raise ConfigError(f"{path}: {size} bytes; a {what} has at most {limit}")
     try:

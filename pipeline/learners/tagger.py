@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
-from pipeline.errors import ConfigError, DataError
+from pipeline.config import FeaturizeConfig, TagConfig
+from pipeline.errors import ConfigError, DataError, shown
 from pipeline.kernels import calibration, scoring
 from pipeline.learners.document_rules import DocumentRule
 from pipeline.learners.label_rules import LabelRules, apply, compiled, names_of
@@ -23,6 +24,11 @@ from pipeline.storage import digest, fetch, read_table
 from pipeline.tables import TABLES
 
 FORMAT = 2  # 1: thresholds by label only, which is still written where they are all there is
+NEEDED = {f"{name}.parquet" for name in ("vocabulary", "labels", "thresholds")} | {
+    f"weights-{name}.npy" for name in ("indptr", "labels", "values", "bias")
+}
+# what tables, arrays and JSON raise that are something else
+NO_MODEL = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, pa.ArrowException)
 SCORES_AT_ONCE = 8_000_000  # documents x labels held as a dense block
 
 
@@ -37,9 +43,7 @@ class Weights(NamedTuple):
     @classmethod
     def load(cls, folder: Path) -> "Weights":
         """Map the four arrays weights-<name>.npy of a folder."""
-        return cls(
-            *(np.asarray(np.load(folder / f"weights-{n}.npy", mmap_mode="r", allow_pickle=False)) for n in cls._fields)
-        )
+        return cls(*(_array(folder / f"weights-{name}.npy") for name in cls._fields))
 
     @classmethod
     def build(cls, folder: Path, model_files, features: int, labels: int) -> list[Path]:
@@ -71,11 +75,32 @@ class Weights(NamedTuple):
         np.save(paths[3], bias)
         return paths
 
+    def fit(self, features: int) -> bool:
+        """Whether these are weights of so many features or more: kernels go by the numbers without another look."""
+        kinds = [array.dtype for array in self] == [np.int64, np.int32, np.float32, np.float32]
+        if not kinds or any(array.ndim != 1 for array in self) or self.indptr.size <= features:
+            return False
+        ends = [self.indptr[0], self.indptr[-1], self.labels.size]
+        if ends != [0, self.values.size, self.values.size] or (np.diff(self.indptr) < 0).any():
+            return False
+        # a minimum is NaN where one of them is; none of the arrays is copied
+        ranges = [(array.min(), array.max()) if array.size else (0, 0) for array in (self.labels, *self[2:])]
+        return ranges[0][0] >= 0 and ranges[0][1] < max(1, self.bias.size) and bool(np.isfinite(ranges[1:]).all())
+
     def score(self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
         """(m, L) float32 scores of CSR rows."""
         S = np.empty((indptr.size - 1, self.bias.size), np.float32)
         scoring.score_rows(indptr, indices, values, *self[:3], self.bias, S)
         return S
+
+
+def _array(path):
+    try:
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except OSError:
+        raise
+    except Exception as error:  # its header goes through Python's own parser: a SyntaxError, a TokenError, ...
+        raise DataError(f"{path}: not readable as an array ({shown(error, 200)}); it is damaged") from error
 
 
 class _Models:
@@ -168,33 +193,49 @@ class Tagger(NamedTuple):
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tagger":
-        """From a folder written by `save`.  Raises DataError for a changed file, ConfigError for a newer format."""
+        """From a folder written by `save`.
+
+        Raises DataError for a changed file, and for one that is no part of a model, ConfigError for a newer format.
+        """
         folder = Path(folder)
-        try:
-            card = json.loads((folder / "tagger.json").read_text(encoding="utf-8"))
-            version, settings, digests = int(card["format"]), card["settings"], card["sha256"].items()
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"{folder / 'tagger.json'}: not the card of a tagger; fetch the model again") from error
-        if version > FORMAT:
+        card, settings, digests = _card(folder / "tagger.json")
+        if card["format"] > FORMAT:
             raise ConfigError(
-                f"{folder}: format {version} is newer than this version reads ({FORMAT}); upgrade tagmill"
+                f"{folder}: format {card['format']} is newer than this version reads ({FORMAT}); upgrade tagmill"
             )
-        for name, expected in digests:
+        for name, expected in digests.items():
             if Path(name).name != name or not (folder / name).is_file() or digest(folder / name) != expected:
                 raise DataError(
-                    f"{folder / name}: missing or changed since the model was written; fetch the model again"
+                    f"{folder / shown(name)}: missing or changed since the model was written; fetch the model again"
                 )
+        try:
+            tagger = cls._parsed(folder, settings, digests)
+            if not tagger._fits():
+                raise ValueError("its tables and arrays do not belong together")
+        except (*NO_MODEL, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's fault, not the file's
+            raise DataError(
+                f"{folder}: not a model, though the SHA-256 of its files are those of tagger.json: "
+                f"{shown(error, 200)}; fetch the model again"
+            ) from error
+        return tagger
+
+    @classmethod
+    def _parsed(cls, folder, settings, digests):
+        FeaturizeConfig(ngrams=settings["ngrams"], sublinear=settings["sublinear"])
+        TagConfig(max_tags=settings["max_tags"])
+        decision = folder / "decision.json"
         return cls.from_tables(
-            pq.read_table(folder / "vocabulary.parquet"),
-            pq.read_table(folder / "labels.parquet"),
-            pq.read_table(folder / "thresholds.parquet"),
+            *(pq.read_table(folder / f"{name}.parquet") for name in ("vocabulary", "labels", "thresholds")),
             Weights.load(folder),
             settings,
-            json.loads((folder / "rules.json").read_text(encoding="utf-8")) if "rules.json" in card["sha256"] else {},
-            DocumentRule.parsed((folder / "decision.json").read_bytes(), folder / "decision.json")
-            if "decision.json" in card["sha256"]
-            else None,  # a model of before
+            json.loads((folder / "rules.json").read_text(encoding="utf-8")) if "rules.json" in digests else {},
+            DocumentRule.parsed(decision.read_bytes(), decision) if "decision.json" in digests else None,
         )
+
+    def _fits(self) -> bool:
+        return self.weights.fit(self.vocabulary.idf.size) and None not in self.labels
 
     @classmethod
     def from_tables(
@@ -243,6 +284,18 @@ class Tagger(NamedTuple):
         S, known = self.scores(one_array(batch["text"]))
         lists = tag_lists(S, self.decisions, self.labels, self.settings["max_tags"])
         return pa.table([batch["doc_id"], lists], schema=TABLES["tags"].schema), int((known == 0).sum())
+
+
+def _card(path):
+    """What tagger.json holds, its settings, and the SHA-256 by name of file."""
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        settings, digests = card["settings"], card["sha256"]
+        if not (isinstance(card["format"], int) and isinstance(settings, dict) and digests.keys() >= NEEDED):
+            raise ValueError(f"expected format, settings and sha256 of {', '.join(sorted(NEEDED))}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path}: not the card of a tagger ({shown(error, 200)}); fetch the model again") from error
+    return card, settings, digests
 
 
 def tag_lists(S: np.ndarray, decisions: Decisions, labels: list[str], max_tags: int = 0) -> pa.Array:

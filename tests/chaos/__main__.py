@@ -149,7 +149,9 @@ class Cluster(Local):
 class Fit:
     """One start of the command; its processes carry a token of their own."""
 
-    def __init__(self, folder: Path, run: Path, place: Local | Cluster, mutation: str | None = None):
+    def __init__(
+        self, folder: Path, run: Path, place: Local | Cluster, mutation: str | None = None, source: Path | None = None
+    ):
         self.token = uuid.uuid4().hex
         self.run, self.place = run, place
         environment = {**os.environ, **place.environment, "TAGMILL_HOME": str(folder / "home"), "CHAOS_ID": self.token}
@@ -160,7 +162,7 @@ class Fit:
             str(Path(sys.executable).parent / "tagmill"),
             "fit",
             "--input",
-            str(folder / "documents.jsonl"),
+            str(source or folder / "documents.jsonl"),
         ]
         sets = (x for s in (*SETS, *place.sets) for x in ("--set", s))
         self.log = (folder / f"{self.token}.log").open("w+")

@@ -17,7 +17,7 @@ from jobs import entry, show
 from pipeline import config
 from pipeline.errors import ConfigError, DataError, InputError
 from pipeline.learners import placement
-from pipeline.stages import problems, train
+from pipeline.stages import poison, problems, train
 from pipeline.store import Run
 from tests.conftest import SMALL
 from tests.spark.test_fit import prints
@@ -180,6 +180,20 @@ def test_labels_do_not_throw_away_a_training_that_was_begun(copy):
     run.drop(AFTER)
     with pytest.raises(ConfigError, match=r"was begun and not finished; .* without --labels"):
         again(run, labels=["sport"])
+
+
+def test_a_document_that_is_convicted_meanwhile_takes_no_model_away(golden, copy, toy, monkeypatch):
+    """It would have to be left out of all models, and only some are trained."""
+    run = copy()
+    verdict = {"doc_id": "doc-03", "reason": "oom", "stage": "train", "what": "needs more than 4 GB"}
+    monkeypatch.setattr(entry, "_run_stages", lambda *_: [verdict])
+    cfg, _ = config.load(sets=["train.C=1"], base=run.info["config"])
+    with pytest.raises(ConfigError, match=r"doc-03 oom .* changes the models of all labels: .* without --labels first"):
+        entry.fit(str(run.root), str(toy), cfg, labels=("sport",))
+    assert not (run.root / poison.LIST).exists()
+    assert run.finished("ingest") == golden.finished("ingest")
+    monkeypatch.undo()
+    assert statuses(again(run, labels=["sport"])) == statuses(golden)
 
 
 @pytest.mark.parametrize("key", ["train.warm_start", "featurize.vocabulary"])

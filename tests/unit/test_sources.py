@@ -545,6 +545,14 @@ def test_a_flipped_bit_never_changes_a_record(tmp_path):
     assert refused > len(whole) / 6
 
 
+def test_values_under_a_list_that_is_null_belong_to_nobody(tmp_path):
+    """Arrow lets them be there; a flipped bit of Parquet makes some."""
+    lists = pa.ListArray.from_arrays([0, 1, 3, 4], list("abcd"), mask=pa.array([False, True, False]))
+    batch = pa.record_batch({"doc_id": list("123"), "text": ["x"] * 3, "labels": lists})
+    found = sources._checked(batch, FMT, "f", 0)
+    assert [row["labels"] for row in as_rows(found)] == [["a"], [], ["d"]]
+
+
 def test_a_damaged_page_names_the_row_group(tmp_path):
     path = tmp_path / "a.parquet"
     texts = [os.urandom(8).hex() for _ in range(4)]

@@ -294,6 +294,10 @@ def test_every_file_of_the_tagger_is_checked(folder):
     Tagger.load(folder)
 
 
+def sha256(folder):
+    return json.loads((folder / "tagger.json").read_text())["sha256"]
+
+
 def with_card(folder, **changes):
     card = json.loads((folder / "tagger.json").read_text())
     (folder / "tagger.json").write_text(json.dumps({**card, **changes}))
@@ -314,8 +318,45 @@ def test_a_newer_format_is_refused(folder):
 
 def test_a_name_that_leaves_the_folder_is_refused(folder):
     (folder.parent / "outside").write_bytes(b"x")
-    with_card(folder, sha256={"../outside": digest(folder.parent / "outside")})
+    with_card(folder, sha256={**sha256(folder), "../outside": digest(folder.parent / "outside")})
     with pytest.raises(DataError, match="outside"):
+        Tagger.load(folder)
+
+
+def test_a_card_that_leaves_a_file_out_is_refused(folder):
+    """It would be read without a look at its SHA-256."""
+    whole = sha256(folder)
+    for name in ("vocabulary.parquet", "weights-bias.npy"):
+        with_card(folder, sha256={k: v for k, v in whole.items() if k != name})
+        with pytest.raises(DataError, match=r"tagger\.json: not the card .*sha256 of .*" + name):
+            Tagger.load(folder)
+
+
+def replaced(folder, **arrays):
+    """Other arrays of weights, under a card that knows them."""
+    for name, array in arrays.items():
+        np.save(folder / f"weights-{name}.npy", array)
+    with_card(folder, sha256={name: digest(folder / name) for name in sha256(folder)})
+
+
+@pytest.mark.parametrize("change", [
+    lambda w: {"labels": np.full_like(w.labels, LABELS)},
+    lambda w: {"labels": np.full_like(w.labels, -1)},
+    lambda w: {"labels": w.labels[:-1]},
+    lambda w: {"labels": w.labels.astype(np.int64)},
+    lambda w: {"labels": w.labels.astype(">i4")},
+    lambda w: {"indptr": w.indptr + 1},
+    lambda w: {"indptr": w.indptr[:3]},
+    lambda w: {"indptr": np.concatenate([w.indptr[:1], w.indptr[-1:], w.indptr[2:]])},
+    lambda w: {"values": w.values[:, None]},
+    lambda w: {"values": np.where(np.arange(w.values.size) == 3, np.nan, w.values).astype(np.float32)},
+    lambda w: {"bias": np.where(np.arange(LABELS) == 3, np.inf, w.bias).astype(np.float32)},
+])  # fmt: skip
+def test_arrays_that_kernels_may_not_go_by_are_refused(folder, change):
+    replaced(folder)
+    whole = Tagger.load(folder).weights
+    replaced(folder, **change(whole))
+    with pytest.raises(DataError, match="not a model, though the SHA-256"):
         Tagger.load(folder)
 
 
