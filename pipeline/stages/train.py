@@ -20,13 +20,14 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from pipeline.errors import ConfigError, DataError, InputError, shown
+from pipeline.errors import ConfigError, DataError, InputError, ServiceError, shown
 from pipeline.host import clean, free_disk, free_memory, host_folder, shown_bytes
 from pipeline.host import shared as shared_folder
 from pipeline.learners import matrix, placement
 from pipeline.learners.ovr import Extras, candidates, constant_rows, failed_block, fit_block, warm_up
 from pipeline.learners.tagger import Weights
 from pipeline.stages.parts import Outcome, hashes, run_tasks
+from pipeline.stages.poison import Limits, alone
 from pipeline.storage import Place, digest, filling, link, place, read_table, sync_file
 from pipeline.store import Run, entry, write_json, write_part
 from pipeline.tables import conform
@@ -429,35 +430,52 @@ def _solver(shared, cfg):
             groups.append(([s["labels"][label_id] for label_id in group], round(seconds, 4)))
             first.append(time.time())
 
-        before = TaskContext.get().attemptNumber()
-        if before >= s["give_up"]:
-            # Spark would give up the whole run; what kills a worker again and again is one block's affair
-            tables = failed_block(label_ids, gold, f"the worker died {before} times; out of memory?")
-        else:
+        def solved(_=None):
             try:
                 late = s["deadline"]
                 tables = fit_block(label_ids, X, gold, cfg, s["extras"], start, lambda: time.time() > late, after_group)
             except Exception as error:
                 log.warning("block %d failed: %s: %s", number, type(error).__name__, error)
                 tables = failed_block(label_ids, gold, f"{type(error).__name__}: {error}")
-        tables["suspicious"] = named(tables["suspicious"], s["labels"], folder)
-        statuses: dict[str, int] = {}
-        for status in tables["label_models"]["status"].to_pylist():
-            statuses[status] = statuses.get(status, 0) + 1
-        facts = {
-            "tables": {name: write_part(place(attempt), name, tables[name], number) for name in BLOCK_TABLES},
-            "statuses": statuses,
-            "groups": groups,
-            "seconds": time.monotonic() - opened,
-            "seconds_to_map": opened - started,
-            "compile_seconds": compile_seconds,
-            "built": built,
-            "host": socket.gethostname(),
-            "folder": str(folder),
-            "first": first[0] if first else time.time(),
-        }
-        write_json(place(attempt) / f"block-{number:05d}.json", facts)
-        return facts
+            return written(tables)
+
+        def written(tables):
+            tables["suspicious"] = named(tables["suspicious"], s["labels"], folder)
+            statuses: dict[str, int] = {}
+            for status in tables["label_models"]["status"].to_pylist():
+                statuses[status] = statuses.get(status, 0) + 1
+            facts = {
+                "tables": {name: write_part(place(attempt), name, tables[name], number) for name in BLOCK_TABLES},
+                "statuses": statuses,
+                "groups": groups,
+                "seconds": time.monotonic() - opened,
+                "seconds_to_map": opened - started,
+                "compile_seconds": compile_seconds,
+                "built": built,
+                "host": socket.gethostname(),
+                "folder": str(folder),
+                "first": first[0] if first else time.time(),
+            }
+            write_json(marker, facts)
+            return facts
+
+        marker = place(attempt) / f"block-{number:05d}.json"
+        before = TaskContext.get().attemptNumber()
+        if before < s["give_up"]:
+            return solved()
+        # Spark would give up the whole run next.  Workers may have been killed for nobody's fault, so the block is
+        # tried in a process of its own: only what ends that is the block's affair, and costs its labels
+        marker.unlink(missing_ok=True)
+        verdict = alone(0, solved, Limits(seconds=0, memory=0))
+        if verdict:
+            log.warning("block %d in a process of its own: %s", number, verdict["what"])
+            # the same words every time: they are part of the model
+            ended = "killed, out of memory?" if verdict["reason"] == "oom" else verdict["what"]
+            cause = f"the worker died {before} times; in a process of its own the block was {ended}"
+            return written(failed_block(label_ids, gold, cause))
+        if not marker.is_file():
+            raise ServiceError(f"block {number} of train was stopped from outside; run the same command again")
+        return json.loads(marker.read_text())
 
     return solve
 

@@ -279,7 +279,23 @@ def test_a_weights_file_that_is_missing_or_has_other_columns(tmp_path):
 
 
 def deadly(real):
-    """A solver whose worker dies at the second block, whenever that is tried."""
+    """A solver that kills its process in the middle of the second block, whenever that is tried."""
+
+    def solver(shared, cfg):
+        solve = real(shared, cfg)
+
+        def run(task):
+            if task[0] == 1:
+                solve.__globals__["fit_block"] = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            return solve(task)
+
+        return run
+
+    return solver
+
+
+def hunted(real):
+    """A solver whose worker is killed at the second block as often as Spark tries it, but for the last time."""
 
     def solver(shared, cfg):
         solve = real(shared, cfg)
@@ -294,11 +310,17 @@ def deadly(real):
     return solver
 
 
+def test_a_block_whose_workers_are_killed_for_nobodys_fault_is_solved(golden, copy, monkeypatch):
+    monkeypatch.setattr(train, "_solver", hunted(train._solver))
+    assert prints(again(copy("featurize"))) == prints(golden)
+
+
 def test_a_block_whose_worker_dies_again_and_again_costs_its_labels_only(golden, copy, monkeypatch):
     monkeypatch.setattr(train, "_solver", deadly(train._solver))
     run = again(copy("featurize"), "train.max_failed=2")
     failed = {name for name, status in statuses(run).items() if status.startswith("failed: the worker died 3 times")}
     assert len(failed) == 2
+    assert all("the block was killed, out of memory?" in statuses(run)[name] for name in failed)
     before, after = rows(golden, "label_models"), rows(run, "label_models")
     assert {name for name, _ in before if before[name, None] != after[name, None]} == failed
 
