@@ -121,7 +121,7 @@ def tags(spark, run, source, row, output):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)
 def test_every_pair_of_circumstances_gives_the_same_bytes(spark, documents):
     folder, found = documents
     golden, answer = None, None
