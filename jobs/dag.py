@@ -73,7 +73,10 @@ MODEL = Asset(name="tagmill_model", uri="tagmill://model", group="tagmill")
 # -- parameters --------------------------------------------------------------------------------------------------------
 
 # Absolute, no control character, no step upwards.  ($ also matches before a last newline, hence what follows it.)
-ABSOLUTE = r"(file://)?/(?!(.*/)?\.\.(/|$))[^\x00-\x1f\x7f]*"
+REST = r"/(?!(.*/)?\.\.(/|$))[^\x00-\x1f\x7f]*"
+ABSOLUTE = rf"(file://)?{REST}"
+# Airflow itself opens nothing of these; the folder of runs is a path, as the gate reads and writes there
+ANYWHERE = rf"({ABSOLUTE}|(s3a?|gc?s|abfss?|az)://[A-Za-z0-9][A-Za-z0-9_.-]*{REST})"
 END = r"$(?![\s\S])"
 LONGEST = 4096
 
@@ -88,9 +91,10 @@ def _shared_params():
         "input": Param(
             os.environ.get("TAGMILL_DOCUMENTS") or "/data/tagmill/documents/{date}",
             type="string",
-            pattern=rf"^({ABSOLUTE}|table:[A-Za-z_][A-Za-z0-9_.]*){END}",
+            pattern=rf"^({ANYWHERE}|table:[A-Za-z_][A-Za-z0-9_.]*){END}",
             maxLength=LONGEST,
-            description="Documents: absolute path of a file, folder or glob, or table:NAME. {date} is the run's date.",
+            description="Documents: absolute path or URI (s3://, gs://, abfs://) of a file, folder or glob, or "
+            "table:NAME. {date} is the run's date.",
         ),
         "run": Param(
             os.environ.get("TAGMILL_RUNS") or "/data/tagmill/runs",
@@ -134,16 +138,16 @@ TAG_PARAMS = {
     "output": Param(
         None,
         type=["null", "string"],
-        pattern=f"^{ABSOLUTE}{END}",
+        pattern=f"^{ANYWHERE}{END}",
         maxLength=LONGEST,
-        description="Folder that holds one folder of tags a date; empty: `tags` in the folder of runs.",
+        description="Folder or URI that holds one folder of tags a date; empty: `tags` in the folder of runs.",
     ),
     "model": Param(
         None,
         type=["null", "string"],
-        pattern=rf"^({ABSOLUTE}|models:/[A-Za-z0-9][A-Za-z0-9_. -]*[/@][A-Za-z0-9][A-Za-z0-9_.-]*){END}",
+        pattern=rf"^({ANYWHERE}|models:/[A-Za-z0-9][A-Za-z0-9_. -]*[/@][A-Za-z0-9][A-Za-z0-9_.-]*){END}",
         maxLength=LONGEST,
-        description="Run folder or registered model; empty: the champion in the folder of runs.",
+        description="Run folder, by path or URI, or registered model; empty: the champion in the folder of runs.",
     ),
 }
 

@@ -117,27 +117,38 @@ print(len(module.fit_dag.tasks), len(module.tag_dag.tasks))
 # -- parameters --------------------------------------------------------------------------------------------------------
 
 GOOD = {
-    "input": ["/data/a.jsonl", "/data/{date}/*.parquet", "file:///a", "table:db.documents", "/a..b/c..", HOSTILE],
+    "input": [
+        "/data/a.jsonl",
+        "/data/{date}/*.parquet",
+        "file:///a",
+        "table:db.documents",
+        "/a..b/c..",
+        "s3://b/{date}/*.jsonl",
+        "gs://b/a",
+        "abfs://b/a",
+        HOSTILE,
+    ],
     "run": ["/runs", "/", "file:///runs", "/a b/ü"],
     "config": [None, "/conf/cluster.yaml"],
     "master": ["local", "local[*]", "local[2]", "spark://h1:7077,h2:7077", "yarn", "k8s://https://host:6443"],
     "driver_memory": ["900m", "2g"],
     "metric": ["micro_f1", "ndcg_at_5"],
     "margin": [0, 0.01],
-    "output": [None, "/tags"],
-    "model": [None, "/runs/2026-11-23", "models:/tagmill@champion", "models:/tagmill/3"],
+    "output": [None, "/tags", "s3://b/tags"],
+    "model": [None, "/runs/2026-11-23", "s3://b/runs/one", "models:/tagmill@champion", "models:/tagmill/3"],
 }
-PATHS = ["a", "../a", "/a/../b", "/..", "/a/..", "file:///a/../b", "s3://a/b", "/a\nb", "/a\n", "/a\0b", "-rf", "", 7]
+PATHS = ["a", "../a", "/a/../b", "/..", "/a/..", "file:///a/../b", "/a\nb", "/a\n", "/a\0b", "-rf", "", 7]
+URIS = ["s3://a", "s3:///a", "s3://a/../b", "s3://me:secret@a/b", "s3://a/b\n", "http://a/b", "s3://-a/b"]
 BAD = {
-    "input": [*PATHS, "table:a;b", "table:", None, "/" + "a" * 5000, ["/a"]],
-    "run": [*PATHS, None],
-    "config": PATHS,
+    "input": [*PATHS, *URIS, "table:a;b", "table:", None, "/" + "a" * 5000, ["/a"]],
+    "run": [*PATHS, *URIS, "s3://a/b", None],
+    "config": [*PATHS, "s3://a/b"],
     "master": ["", "local[0]", "local[2]; x", "spark://", "http://h", "spark://h --conf x", "local[2]\n", None],
     "driver_memory": ["2", "0g", "2g -x", "2g\n", None],
     "metric": ["log_loss", "", None],
     "margin": [-0.1, 2, "0", None],
-    "output": PATHS,
-    "model": [*PATHS, "models:/../x", "models:/a", "models:/a@b;c", "runs:/x"],
+    "output": [*PATHS, *URIS],
+    "model": [*PATHS, *URIS, "models:/../x", "models:/a", "models:/a@b;c", "runs:/x"],
 }
 
 
@@ -215,6 +226,7 @@ def test_arguments():
     assert of("tag", model="/runs/old") == ["--run", "/runs/old", *documents]
     assert of("tag", model="models:/tagmill@champion") == ["--model", "models:/tagmill@champion", *documents]
     assert "/elsewhere/2026-11-23" in of("tag", model="/r", output="/elsewhere")
+    assert "s3://b/tags/2026-11-23" in of("tag", model="s3://b/one", output="s3://b/tags/")
 
 
 @pytest.fixture
