@@ -761,12 +761,10 @@ def translated(error: BaseException) -> TagmillError | None:
 
 
 def _jvm_is_gone(error):
-    """Whether Py4J could not reach the JVM; asked for a result it says only that an error occurred, and why before."""
-    if type(error).__name__ == "Py4JNetworkError":
-        return True
-    if type(error).__name__ != "Py4JError":
-        return False
-    return any(isinstance(e, ConnectionError) or type(e).__name__ == "Py4JNetworkError" for e in _behind(error))
+    """Whether Py4J could not reach the JVM; of a call that it lost on the way it says its name and nothing else."""
+    kind = type(error).__name__
+    lost = kind == "Py4JError" and re.fullmatch(r"An error occurred while calling \S+", str(error).strip())
+    return kind == "Py4JNetworkError" or bool(lost)
 
 
 def _our_bug(error):

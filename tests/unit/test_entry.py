@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from py4j.java_gateway import GatewayClient
-from py4j.protocol import Py4JNetworkError
+from py4j.protocol import ERROR, STRING_TYPE, Py4JError, Py4JNetworkError, get_return_value
 
 from jobs import entry, inputs, status
 from jobs.entry import Job, Terminated, code_version, guarded, stage_settings, translated
@@ -290,19 +290,13 @@ def test_an_error_in_a_worker_keeps_its_family(last, family, message):
 
 
 def test_a_jvm_that_dies_while_it_answers_is_a_service_that_is_gone():
-    class Py4JError(Exception):
-        pass
-
-    with pytest.raises(Py4JError) as caught:
-        try:
-            try:
-                raise ConnectionResetError(104, "Connection reset by peer")
-            except ConnectionResetError as error:
-                raise RuntimeError("Error while sending") from error
-        except RuntimeError:
-            raise Py4JError("An error occurred while calling o227.getResult") from None
-    assert isinstance(translated(caught.value), ServiceError)
-    assert translated(Py4JError("An error occurred while calling o1.method")) is None
+    """Py4J has then no answer but the mark of an error, whatever else was raised before."""
+    with pytest.raises(Py4JError) as lost:
+        get_return_value(ERROR, None, "o227", "getResult")
+    assert isinstance(translated(lost.value), ServiceError)
+    with pytest.raises(Py4JError) as told:
+        get_return_value(f"{ERROR}{STRING_TYPE}java.lang.NoSuchMethodError: x", None, "o1", "method")
+    assert translated(told.value) is None
 
 
 @pytest.mark.parametrize(
