@@ -55,6 +55,16 @@ def test_a_run_in_an_object_store_has_the_bytes_of_one_on_a_disk(spark, fit, toy
         assert storage.read_table(f"{bucket}/tags/{item['file']}").equals(mine)
     assert tag.tag(str(remote.root), None, f"{bucket}/in/*.jsonl", f"{bucket}/tags", cfg) == card  # up to date
     assert Run(f"{bucket}/runs/one").holder() is None
+
+    # the model goes to MLflow and comes back from there
+    sent = config.load(None, ["mlflow.enabled=true", "mlflow.required=true"], remote.info["config"])[0]
+    entry.fit(str(remote.root), None, sent, only=("register",))
+    model = remote.finished("register")["model_uri"]
+    assert model == "models:/tagmill/1"
+    from_model = tag.tag_config(None, None, ["spark.master=local[2]", *sets])
+    other = tag.tag(None, model, f"{bucket}/in/*.jsonl", f"{bucket}/tags-of-model", from_model)
+    assert [item["sha256"] for item in other["tables"]["tags"]] == [item["sha256"] for item in card["tables"]["tags"]]
+
     calibrated = config.load(None, ["calibrate.rule=rcut"], remote.info["config"])[0]
     entry.fit(str(remote.root), None, calibrated, True, ("calibrate", "evaluate", "register"))
     assert content(remote) != content(local)
