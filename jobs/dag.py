@@ -1,8 +1,8 @@
 """The flow under Airflow: `tagmill_fit` fits a tagger a date and promotes a better one, `tagmill_tag` tags with it.
 
-Imports Airflow and `pipeline.flow` alone, so a scheduler needs neither Spark nor MLflow nor Tagmill's environment.
-What runs is `spark-submit jobs/<stage>.py` with a list of arguments; no shell ever sees a parameter.  Where things are
-is read from the environment of Airflow:
+Imports Airflow, what that is made of, and `pipeline.flow` alone, so a scheduler needs neither Spark nor MLflow nor
+Tagmill's environment.  What runs is `spark-submit jobs/<stage>.py` with a list of arguments; no shell ever sees a
+parameter.  Where things are is read from the environment of Airflow:
 
     TAGMILL_BIN             folder of python and spark-submit of Tagmill's environment (.venv/bin of the clone)
     TAGMILL_DOCUMENTS       default of the parameter input
@@ -22,11 +22,12 @@ import re
 import sys
 import tempfile
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 from airflow.providers.apache.spark.operators.spark_submit import SparkSubmitOperator
 from airflow.sdk import DAG, Asset, CronDataIntervalTimetable, Param, chain, task
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
+from upath import UPath  # Airflow's own object storage is made of it
 
 ROOT = Path(os.path.abspath(__file__)).parents[1]
 if str(ROOT) not in sys.path:  # Airflow puts the folder of this file there, not the one above it
@@ -75,8 +76,9 @@ MODEL = Asset(name="tagmill_model", uri="tagmill://model", group="tagmill")
 # Absolute, no control character, no step upwards.  ($ also matches before a last newline, hence what follows it.)
 REST = r"/(?!(.*/)?\.\.(/|$))[^\x00-\x1f\x7f]*"
 ABSOLUTE = rf"(file://)?{REST}"
-# Airflow itself opens nothing of these; the folder of runs is a path, as the gate reads and writes there
-ANYWHERE = rf"({ABSOLUTE}|(s3a?|gc?s|abfss?|az)://[A-Za-z0-9][A-Za-z0-9_.-]*{REST})"
+# in abfs://container@account... the container comes first
+BUCKET = r"((s3a?|gc?s|az)://|abfss?://([A-Za-z0-9-]+@)?)[A-Za-z0-9][A-Za-z0-9_.-]*"
+ANYWHERE = rf"({ABSOLUTE}|{BUCKET}{REST})"
 END = r"$(?![\s\S])"
 LONGEST = 4096
 
@@ -99,9 +101,9 @@ def _shared_params():
         "run": Param(
             os.environ.get("TAGMILL_RUNS") or "/data/tagmill/runs",
             type="string",
-            pattern=f"^{ABSOLUTE}{END}",
+            pattern=f"^{ANYWHERE}{END}",
             maxLength=LONGEST,
-            description="Folder that holds one run folder a date, and champion.json.",
+            description="Folder, by path or URI, that holds one run folder a date, and champion.json.",
         ),
         "config": Param(
             None,
@@ -218,7 +220,7 @@ def arguments(task_id: str, params: dict, date: str) -> list[str]:
 
 def champion(runs: str) -> dict:
     """champion.json of the folder of runs: {"run": folder, "date": of it}.  Fails where no run was promoted yet."""
-    path = _local(runs) / CHAMPION
+    path = _place(runs) / CHAMPION
     value = _read_json(path, f"no champion yet: run tagmill_fit first, or give the parameter model ({path})")
     if not isinstance(value, dict) or not isinstance(value.get("run"), str):
         raise AirflowFailException(f"{path}: expected an object with run; write it anew or remove it")
@@ -232,10 +234,10 @@ def verdict(runs: str, run: str, metric: str, margin: float) -> tuple[bool, str]
     already, so that promoting again changes nothing.
     """
     new = _metric(run, metric)
-    if not (_local(runs) / CHAMPION).exists():
+    if not (_place(runs) / CHAMPION).exists():
         return True, f"{metric} {new:.4f}, and no champion yet"
     old_run = champion(runs)["run"]
-    if _local(old_run) == _local(run):
+    if _place(old_run) == _place(run):
         return True, f"{run} is the champion"
     old = _metric(old_run, metric)
     better = new > old + margin
@@ -245,8 +247,14 @@ def verdict(runs: str, run: str, metric: str, margin: float) -> tuple[bool, str]
 
 @contextlib.contextmanager
 def deciding(runs: str):
-    """Hold the lock of the champion: of two runs that end at once, the second is compared with the first."""
-    descriptor = os.open(_local(runs) / ".champion.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o640)
+    """Hold the lock of the champion: of two runs that end at once, the second is compared with the first.
+
+    In an object store there is no such lock; that Airflow runs one `promote` at a time has to do.
+    """
+    if not isinstance(_place(runs), PosixPath):
+        yield
+        return
+    descriptor = os.open(_place(runs) / ".champion.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o640)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -256,20 +264,32 @@ def deciding(runs: str):
 
 def crown(runs: str, run: str, date: str) -> None:
     """Write champion.json: old or new, never between."""
-    with tempfile.NamedTemporaryFile("w", dir=_local(runs), prefix=f".{CHAMPION}.", delete=False) as part:
+    content = json.dumps({"run": run, "date": date})
+    if not isinstance(_place(runs), PosixPath):
+        (_place(runs) / CHAMPION).write_text(content)  # an object is put as a whole
+        return
+    with tempfile.NamedTemporaryFile("w", dir=_place(runs), prefix=f".{CHAMPION}.", delete=False) as part:
         try:
-            json.dump({"run": run, "date": date}, part)
+            part.write(content)
             part.flush()
             os.fchmod(part.fileno(), 0o640)
             os.fsync(part.fileno())
-            os.replace(part.name, _local(runs) / CHAMPION)
+            os.replace(part.name, _place(runs) / CHAMPION)
         except BaseException:
             Path(part.name).unlink(missing_ok=True)
             raise
 
 
-def _local(path):
-    return Path(os.path.abspath(path.removeprefix("file://")))
+def _place(path: str):
+    """A folder of runs: a Path, or for a URI a UPath, whose file system is to be installed beside Airflow."""
+    if path.startswith(("/", "file://")):
+        return Path(os.path.abspath(path.removeprefix("file://")))
+    place = UPath(path, use_listings_cache=False)  # another process may just have written there
+    try:
+        place.fs  # noqa: B018  (s3fs and its kin are imported when they are first needed)
+    except ImportError as error:
+        raise AirflowFailException(f"{path}: {error}, in the environment of Airflow") from error
+    return place
 
 
 def _read_json(path, missing):
@@ -282,7 +302,7 @@ def _read_json(path, missing):
 
 
 def _metric(run, metric):
-    path = _local(run) / "metrics.json"
+    path = _place(run) / "metrics.json"
     found = _read_json(path, f"{path} is missing: the run is not finished or gone; fit it again, or remove {CHAMPION}")
     value = found["metrics"].get(metric) if isinstance(found, dict) and isinstance(found.get("metrics"), dict) else None
     if not isinstance(value, int | float):
@@ -483,6 +503,7 @@ with DAG(
         job="register",
         expected=FIT_PARAMS,
         outlets=[MODEL],
+        max_active_tis_per_dag=1,
         execution_timeout=OTHER_TIMEOUT,
         doc_md="Moves the alias in MLflow, writes `champion.json`, updates the asset `tagmill_model`.\n\n" + TRIAGE,
     )

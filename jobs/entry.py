@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import psutil
@@ -320,10 +320,10 @@ def _failure_kept(run, stage):
     try:
         yield
     except BaseException as error:
-        known = translated(error) if isinstance(error, Exception) else None
-        code = {Terminated: errors.TERMINATED, KeyboardInterrupt: errors.INTERRUPTED}.get(type(error))
+        code = signal_behind(error)
+        known = translated(error) if isinstance(error, Exception) and code is None else None
+        message = "stopped by a signal" if code else one_line(known or error) or type(error).__name__
         code = code or (known.code if known else TagmillError.code)
-        message = one_line(known or error) or type(error).__name__
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         with contextlib.suppress(OSError, TagmillError):  # a full disk, a lost lease is the error itself
             run.fenced()
@@ -644,14 +644,13 @@ def guarded(function: Callable[[], object], debug: bool = False) -> int:
 
 def _ended(error: BaseException, before: set[psutil.Process], debug: bool) -> int:
     """Say on stderr why the command ended; its exit code."""
-    for met in _behind(error):  # a library that cleans up after a signal may raise another error in its place
-        if isinstance(met, Terminated | KeyboardInterrupt):
-            _stop(children() - before)
-            how, code = "interrupted", errors.INTERRUPTED
-            if isinstance(met, Terminated):
-                how, code = "stopped by a signal", errors.TERMINATED
-            print(f"tagmill: {how}; run the same command again to go on", file=sys.stderr)
-            return code
+    if code := signal_behind(error):
+        _stop(children() - before)
+        if debug and not isinstance(error, Terminated | KeyboardInterrupt):
+            traceback.print_exception(error)
+        how = "interrupted" if code == errors.INTERRUPTED else "stopped by a signal"
+        print(f"tagmill: {how}; run the same command again to go on", file=sys.stderr)
+        return code
     if isinstance(error, BrokenPipeError) and _reader_left():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -664,12 +663,14 @@ def _ended(error: BaseException, before: set[psutil.Process], debug: bool) -> in
     return known.code
 
 
-def _behind(error: BaseException) -> Iterator[BaseException]:
-    """An exception, and all that it was raised from or after."""
+def signal_behind(error: BaseException) -> int | None:
+    """The exit code of the signal that an error comes from: a library that cleans up after it may raise another one."""
     found = [error]
     for met in found:
-        yield met
+        if isinstance(met, Terminated | KeyboardInterrupt):
+            return errors.TERMINATED if isinstance(met, Terminated) else errors.INTERRUPTED
         found += [other for other in (met.__cause__, met.__context__) if other is not None and other not in found]
+    return None
 
 
 @contextlib.contextmanager
@@ -784,7 +785,7 @@ def logging_to_stderr(debug: bool = False) -> None:
     """Lines of Tagmill's own log on stderr; libraries speak up at warnings."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(message)s"))
-    # what py4j logs with a traceback, some of it as the root logger, it raises too, and the last line tells it
+    # nothing of py4j, some of which comes from the root logger: it raises what matters, and the last line tells it
     handler.addFilter(lambda record: debug or Path(record.pathname).parent.name != "py4j")
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for name in ("tagmill", "pipeline"):

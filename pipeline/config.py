@@ -5,9 +5,10 @@ Importing this module does nothing else.
 """
 
 import difflib
+import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -23,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from pipeline.errors import ConfigError, InputError, shown
+from pipeline.errors import ConfigError, DataError, InputError, shown
 
 MAX_CONFIG_BYTES = 1_000_000
 SECRET = re.compile(r"(secret|password|passphrase|token|(secret|access|account|session)[._-]?key)$|account\.key", re.I)
@@ -45,6 +46,21 @@ class Section(BaseModel):
         if kind in (int, float, Literal[0, 1]) and isinstance(value, bool | str):
             raise PydanticCustomError("not_a_number", "a number" if kind is not int else "a whole number")
         return value
+
+    @classmethod
+    def of_bytes(cls, content: bytes, place: object, what: str) -> Self:
+        """From JSON that a stage has kept.  Raises DataError, which names `place`, where it is no `what`."""
+        try:
+            return cls.model_validate(json.loads(content.decode()))
+        except (ValueError, RecursionError) as error:  # a ValidationError is a ValueError
+            said = str(error)
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                said = f"{'.'.join(map(str, first['loc']))} {first['msg']}"
+            raise DataError(
+                f"{place}: {shown(said, 300)}; expected {what} that calibrate writes: run `tagmill calibrate` again, "
+                "or fetch the model again"
+            ) from error
 
 
 class InputConfig(Section):
@@ -261,7 +277,9 @@ class EvaluateConfig(Section):
 class TagConfig(Section):
     """What is said of a new document."""
 
-    max_tags: int = Field(0, ge=0, description="at most this many tags a document, the most probable; 0: no limit")
+    max_tags: int = Field(
+        0, ge=0, le=1_000_000, description="at most this many tags a document, the most probable; 0: no limit"
+    )
 
 
 class SparkConfig(Section):

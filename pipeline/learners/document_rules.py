@@ -3,15 +3,13 @@
 The document is plain JSON with all keys of `DocumentRule`; a run keeps it as decision.json beside its thresholds.
 """
 
-import json
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt
 
 from pipeline.config import CalibrateConfig, Section
-from pipeline.errors import DataError, shown
 from pipeline.kernels.documents import keep_most_probable, samples_f1, tag_at_least_one
 
 BY_DOCUMENT = ("rcut", "samples_f1")  # rules that need the scores of a whole document
@@ -45,15 +43,7 @@ class DocumentRule(Section):
     @classmethod
     def parsed(cls, content: bytes, place: object) -> "DocumentRule":
         """From the bytes of decision.json.  Raises DataError, which names `place`, where they are something else."""
-        try:
-            return cls.model_validate(json.loads(content.decode()))
-        except (ValueError, RecursionError) as error:  # a ValidationError is a ValueError
-            what = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-            where = ".".join(map(str, what["loc"]))
-            raise DataError(
-                f"{place}: {shown(where, 100)} {shown(what['msg'], 200)}; expected the decision by document that "
-                "calibrate writes: run `tagmill calibrate` again, or fetch the model again"
-            ) from error
+        return cls.of_bytes(content, place, "the decision by document")
 
     @property
     def plain(self) -> bool:

@@ -7,6 +7,7 @@ implies, excludes, at_most, at_least, include, exclude, synonyms.  Empty means t
 import csv
 import difflib
 import io
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ __all__ = [
     "hierarchy_closure",
     "merged_gold",
     "names_of",
+    "parsed",
     "read_rules",
 ]
 
@@ -132,6 +134,20 @@ class _Rules(Section):
         return value
 
 
+class _Kept(Section):
+    """The document."""
+
+    hierarchy: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
+    hierarchy_implies: StrictBool
+    implies: dict[str, list[str]]
+    excludes: list[list[str]]
+    at_most: list[_AtMost]
+    at_least: list[_AtLeast]
+    include: list[str]
+    exclude: list[str]
+    synonyms: dict[str, str]
+
+
 _EXPECTED = {
     "hierarchy": "a CSV file with columns child,parent, or {file: hierarchy.csv, implies: false}",
     "implies": "label: label, or label: [label, ...]",
@@ -185,6 +201,17 @@ def read_rules(path: str | Path) -> Document:
     if wrong := [*_wrong_numbers(document), *_contradictions(document, graph)]:
         raise ConfigError(f"{path}: " + "; ".join(_limited(wrong)))
     return document
+
+
+def parsed(content: bytes, place: object) -> Document:
+    """The document from the bytes of rules.json, {} where there are no rules.
+
+    Raises DataError, which names `place`, where they are something else.
+    """
+    if content.strip() == b"{}":
+        return {}
+    _Kept.of_bytes(content, place, "the rules")
+    return json.loads(content)
 
 
 def check_labels(document: Document, labels: list[str]) -> list[str]:

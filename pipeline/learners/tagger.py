@@ -18,17 +18,19 @@ from pipeline.config import FeaturizeConfig, TagConfig
 from pipeline.errors import ConfigError, DataError, shown
 from pipeline.kernels import calibration, scoring
 from pipeline.learners.document_rules import DocumentRule
-from pipeline.learners.label_rules import LabelRules, apply, compiled, names_of
+from pipeline.learners.label_rules import LabelRules, apply, compiled, names_of, parsed
 from pipeline.learners.vectorizer import Vocabulary, batches, one_array, vectorize
 from pipeline.storage import digest, fetch, read_table
 from pipeline.tables import TABLES
 
 FORMAT = 2  # 1: thresholds by label only, which is still written where they are all there is
-NEEDED = {f"{name}.parquet" for name in ("vocabulary", "labels", "thresholds")} | {
-    f"weights-{name}.npy" for name in ("indptr", "labels", "values", "bias")
+OTHERS = ("rules.json", "decision.json")  # which a model of before may lack
+READ = {  # the columns that are read, the id first
+    "vocabulary": ("feature_id", "hash", "idf"),
+    "labels": ("label_id", "label"),
+    "thresholds": ("label_id", "threshold", "a", "b"),
 }
-# what tables, arrays and JSON raise that are something else
-NO_MODEL = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, pa.ArrowException)
+KNOTS = ("knot_score", "knot_log_odds")  # of thresholds; a model of before has none
 SCORES_AT_ONCE = 8_000_000  # documents x labels held as a dense block
 
 
@@ -41,9 +43,33 @@ class Weights(NamedTuple):
     bias: np.ndarray  # (L,) float32
 
     @classmethod
-    def load(cls, folder: Path) -> "Weights":
-        """Map the four arrays weights-<name>.npy of a folder."""
-        return cls(*(_array(folder / f"weights-{name}.npy") for name in cls._fields))
+    def load(cls, folder: Path, features: int = 0) -> "Weights":
+        """Map the four arrays weights-<name>.npy of a folder.
+
+        Raises DataError where they do not fit each other, or are of fewer features than those of the vocabulary:
+        kernels go by these numbers without another look.
+        """
+        self = cls(*(_array(folder / f"weights-{name}.npy") for name in cls._fields))
+        if not self._sound(features):
+            raise DataError(
+                f"{folder}: the arrays weights-*.npy do not fit each other or the vocabulary; fetch the "
+                "model, or fit the run, again"
+            )
+        return self
+
+    def _sound(self, features):
+        if [array.dtype for array in self] != [np.int64, np.int32, np.float32, np.float32]:
+            return False
+        if any(array.ndim != 1 for array in self) or self.indptr.size <= features:
+            return False
+        if [self.indptr[0], self.indptr[-1], self.labels.size] != [0, self.values.size, self.values.size]:
+            return False
+        if (self.indptr[1:] < self.indptr[:-1]).any():  # a difference of such numbers may wrap
+            return False
+        if self.labels.size and not 0 <= self.labels.min() <= self.labels.max() < self.bias.size:
+            return False
+        # minimum and maximum are NaN where one value is, and need no copy of the array
+        return all(np.isfinite([a.min(), a.max()]).all() for a in (self.values, self.bias) if a.size)
 
     @classmethod
     def build(cls, folder: Path, model_files, features: int, labels: int) -> list[Path]:
@@ -74,18 +100,6 @@ class Weights(NamedTuple):
         value_of.flush()
         np.save(paths[3], bias)
         return paths
-
-    def fit(self, features: int) -> bool:
-        """Whether these are weights of so many features or more: kernels go by the numbers without another look."""
-        kinds = [array.dtype for array in self] == [np.int64, np.int32, np.float32, np.float32]
-        if not kinds or any(array.ndim != 1 for array in self) or self.indptr.size <= features:
-            return False
-        ends = [self.indptr[0], self.indptr[-1], self.labels.size]
-        if ends != [0, self.values.size, self.values.size] or (np.diff(self.indptr) < 0).any():
-            return False
-        # a minimum is NaN where one of them is; none of the arrays is copied
-        ranges = [(array.min(), array.max()) if array.size else (0, 0) for array in (self.labels, *self[2:])]
-        return ranges[0][0] >= 0 and ranges[0][1] < max(1, self.bias.size) and bool(np.isfinite(ranges[1:]).all())
 
     def score(self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray) -> np.ndarray:
         """(m, L) float32 scores of CSR rows."""
@@ -203,39 +217,27 @@ class Tagger(NamedTuple):
             raise ConfigError(
                 f"{folder}: format {card['format']} is newer than this version reads ({FORMAT}); upgrade tagmill"
             )
-        for name, expected in digests.items():
-            if Path(name).name != name or not (folder / name).is_file() or digest(folder / name) != expected:
+        for name in sorted(digests.keys() | {name for name in OTHERS if (folder / name).exists()}):
+            if not (folder / name).is_file() or digest(folder / name) != digests.get(name):
                 raise DataError(
-                    f"{folder / shown(name)}: missing or changed since the model was written; fetch the model again"
+                    f"{folder / name}: missing or changed since the model was written; fetch the model again"
                 )
+        rules, decision = (folder / name for name in OTHERS)
         try:
-            tagger = cls._parsed(folder, settings, digests)
-            if not tagger._fits():
-                raise ValueError("its tables and arrays do not belong together")
-        except (*NO_MODEL, OSError) as error:
+            vocabulary, labels, thresholds = (pq.read_table(folder / f"{name}.parquet") for name in READ)
+            return cls.from_tables(
+                vocabulary,
+                labels,
+                thresholds,
+                Weights.load(folder, vocabulary.num_rows),
+                settings,
+                parsed(rules.read_bytes(), rules) if rules.name in digests else {},
+                DocumentRule.parsed(decision.read_bytes(), decision) if decision.name in digests else None,
+            )
+        except (ValueError, ArithmeticError, pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the disk's fault, not the file's
-            raise DataError(
-                f"{folder}: not a model, though the SHA-256 of its files are those of tagger.json: "
-                f"{shown(error, 200)}; fetch the model again"
-            ) from error
-        return tagger
-
-    @classmethod
-    def _parsed(cls, folder, settings, digests):
-        FeaturizeConfig(ngrams=settings["ngrams"], sublinear=settings["sublinear"])
-        TagConfig(max_tags=settings["max_tags"])
-        decision = folder / "decision.json"
-        return cls.from_tables(
-            *(pq.read_table(folder / f"{name}.parquet") for name in ("vocabulary", "labels", "thresholds")),
-            Weights.load(folder),
-            settings,
-            json.loads((folder / "rules.json").read_text(encoding="utf-8")) if "rules.json" in digests else {},
-            DocumentRule.parsed(decision.read_bytes(), decision) if "decision.json" in digests else None,
-        )
-
-    def _fits(self) -> bool:
-        return self.weights.fit(self.vocabulary.idf.size) and None not in self.labels
+            raise DataError(f"{folder}: not a model ({shown(error, 200)}); fetch the model again") from error
 
     @classmethod
     def from_tables(
@@ -248,7 +250,8 @@ class Tagger(NamedTuple):
         rules: dict | None = None,
         document: DocumentRule | None = None,
     ) -> "Tagger":
-        names = labels.sort_by("label_id")["label"].to_pylist()
+        vocabulary, labels, thresholds = map(_by_id, READ, (vocabulary, labels, thresholds))
+        names = labels["label"].to_pylist()
         if not len(names) == weights.bias.size == thresholds.num_rows:
             raise DataError(
                 f"the model has {weights.bias.size} labels, the label table {len(names)}, "
@@ -291,11 +294,52 @@ def _card(path):
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
         settings, digests = card["settings"], card["sha256"]
-        if not (isinstance(card["format"], int) and isinstance(settings, dict) and digests.keys() >= NEEDED):
-            raise ValueError(f"expected format, settings and sha256 of {', '.join(sorted(NEEDED))}")
+        needed = {f"{name}.parquet" for name in READ} | {f"weights-{name}.npy" for name in Weights._fields}
+        if card["format"] != 1:  # it does not tag by thresholds alone, whatever is gone
+            needed.add("decision.json")
+        if not isinstance(card["format"], int) or not needed <= digests.keys() <= needed | set(OTHERS):
+            raise ValueError(f"expected format, settings and sha256 of {', '.join(sorted(needed))}")
+        featurize = FeaturizeConfig(ngrams=settings["ngrams"], sublinear=settings["sublinear"])
+        most = TagConfig(max_tags=settings["max_tags"]).max_tags
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not the card of a tagger ({shown(error, 200)}); fetch the model again") from error
-    return card, settings, digests
+    return card, {**settings, "ngrams": featurize.ngrams, "sublinear": featurize.sublinear, "max_tags": most}, digests
+
+
+def _by_id(name: str, table: pa.Table) -> pa.Table:
+    """A table in the order of its ids, which count its rows.
+
+    Raises DataError where it is not what kernels and tags may go by: another type, a null, NaN, a name twice.
+    """
+    schema, first = TABLES[name].schema, READ[name][0]
+
+    def expect(true, what):
+        if not true:
+            raise DataError(f"table {name}: {what}; it is damaged, or of another version: fit or fetch the model again")
+
+    for column in (*READ[name], *(c for c in KNOTS if c in table.column_names)):
+        expect(column in table.column_names, f"no column {column}")
+        expect(table[column].type == schema.field(column).type, f"{column} is {table[column].type}")
+        expect(column == "threshold" or not table[column].null_count, f"{column} has nulls")
+        if pa.types.is_floating(table[column].type):
+            values = table[column].drop_null().to_numpy()
+            good = ~np.isnan(values) if column == "threshold" else np.isfinite(values)
+            expect(good.all(), f"{column} holds numbers that are none")
+    table = table.sort_by(first)
+    expect(np.array_equal(table[first].to_numpy(), np.arange(table.num_rows)), f"{first} does not count its rows")
+    for column in ("hash", "label"):
+        if column in READ[name]:
+            expect(len(pa.compute.unique(table[column])) == table.num_rows, f"a {column} stands twice")
+    if KNOTS[0] in table.column_names:
+        lengths = [pa.compute.list_value_length(table[column]).to_numpy() for column in KNOTS]
+        score, log_odds = (_flat(table, column) for column in KNOTS)
+        within = np.ones(max(0, score.size - 1), np.bool_)
+        ends = np.cumsum(lengths[0])
+        within[ends[(ends > 0) & (ends < score.size)] - 1] = False
+        expect(np.array_equal(*lengths), "knots of different numbers")
+        expect(np.isfinite(score).all() and np.isfinite(log_odds).all(), "knots hold numbers that are none")
+        expect((np.diff(score)[within] >= 0).all(), "knots do not ascend")
+    return table
 
 
 def tag_lists(S: np.ndarray, decisions: Decisions, labels: list[str], max_tags: int = 0) -> pa.Array:

@@ -1,7 +1,6 @@
 """One Spark task per part: the wiring that all stages share."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.learners.document_rules import DocumentRule
+from pipeline.learners.label_rules import parsed
 from pipeline.storage import explained
 from pipeline.store import Run
 
@@ -52,7 +52,9 @@ def rules_of(run: Run, verify: bool = False) -> dict:
     """The rules between labels that the run keeps; empty where there are none."""
     if "rules.json" not in run.finished("calibrate")["tables"]:  # a run of before
         return {}
-    return json.loads(run.files("rules.json", verify)[0].read_text(encoding="utf-8"))
+    [path] = run.files("rules.json", verify)
+    with explained(path, "read"):
+        return parsed(path.read_bytes(), path)
 
 
 def decision_of(run: Run, verify: bool = False) -> DocumentRule:

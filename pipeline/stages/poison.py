@@ -176,11 +176,16 @@ def _limit_memory(more):
 
 def alone(item: int, work: Callable[[int], Any], limits: Limits) -> dict | None:
     """work(item) in a child process of its own: reason and what was measured where it fails, else None."""
-    for _ in range(KILLS):
+    deaths: list[Death] = []
+    while len(deaths) < KILLS and {death.signal for death in deaths} <= set(OUTSIDE):
         death = isolated(range(item, item + 1), work, limits)
-        if death is None or death.signal not in OUTSIDE:
-            break
-    return None if death is None else verdict_of(death, limits)
+        if death is None:
+            return None
+        deaths.append(death)
+    # of several kills from outside only SIGKILL each time is believed to be want of memory
+    if deaths[-1].signal in OUTSIDE and any(death.signal != signal.SIGKILL for death in deaths):
+        return None
+    return verdict_of(deaths[-1], limits)
 
 
 def verdict_of(death: Death, limits: Limits) -> dict | None:

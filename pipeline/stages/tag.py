@@ -66,7 +66,8 @@ def tagger_of(run: Run, settings: dict, cache_dir: str = "") -> Tagger:
     vocabulary, labels, thresholds = (run.read(name, verify=True) for name in ("vocabulary", "labels", "thresholds"))
     folder = run.mapped("weights", cache_dir, verify=True).folder()
     rules, document = rules_of(run, verify=True), decision_of(run, verify=True)
-    return Tagger.from_tables(vocabulary, labels, thresholds, Weights.load(folder), settings, rules, document)
+    weights = Weights.load(folder, vocabulary.num_rows)
+    return Tagger.from_tables(vocabulary, labels, thresholds, weights, settings, rules, document)
 
 
 @functools.lru_cache(maxsize=1)

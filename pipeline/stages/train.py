@@ -11,7 +11,8 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Iterable, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +21,16 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from pipeline.errors import ConfigError, DataError, InputError, ServiceError, shown
+from pipeline.errors import ConfigError, DataError, InputError, shown
 from pipeline.host import clean, free_disk, free_memory, host_folder, shown_bytes
 from pipeline.host import shared as shared_folder
 from pipeline.learners import matrix, placement
 from pipeline.learners.ovr import Extras, candidates, constant_rows, failed_block, fit_block, warm_up
 from pipeline.learners.tagger import Weights
+from pipeline.stages import poison
 from pipeline.stages.parts import Outcome, hashes, run_tasks
-from pipeline.stages.poison import Limits, alone
 from pipeline.storage import Place, digest, filling, link, place, read_table, sync_file
-from pipeline.store import Run, entry, write_json, write_part
+from pipeline.store import Run, entry, write_bytes, write_json, write_part
 from pipeline.tables import conform
 
 log = logging.getLogger(__name__)
@@ -177,6 +178,7 @@ class _Work:
                 },
                 "deadline": self.began + cfg.train.budget if cfg.train.budget and self.late else np.inf,
                 "give_up": max(attempts(self.spark) - 1, 1),
+                "job": uuid.uuid4().hex,
             }
         )
         labels = sum(len(block) for _, block in tasks)
@@ -430,54 +432,62 @@ def _solver(shared, cfg):
             groups.append(([s["labels"][label_id] for label_id in group], round(seconds, 4)))
             first.append(time.time())
 
-        def solved(_=None):
+        def tried(*_):
+            late = s["deadline"]
+            return fit_block(label_ids, X, gold, cfg, s["extras"], start, lambda: time.time() > late, after_group)
+
+        cause = _guilt(TaskContext.get().attemptNumber(), place(attempt) / f"trial-{number:05d}", s, tried)
+        if cause:
+            log.warning("block %d: %s", number, cause)
+            tables = failed_block(label_ids, gold, cause)
+        else:
             try:
-                late = s["deadline"]
-                tables = fit_block(label_ids, X, gold, cfg, s["extras"], start, lambda: time.time() > late, after_group)
+                tables = tried()
             except Exception as error:
                 log.warning("block %d failed: %s: %s", number, type(error).__name__, error)
                 tables = failed_block(label_ids, gold, f"{type(error).__name__}: {error}")
-            return written(tables)
-
-        def written(tables):
-            tables["suspicious"] = named(tables["suspicious"], s["labels"], folder)
-            statuses: dict[str, int] = {}
-            for status in tables["label_models"]["status"].to_pylist():
-                statuses[status] = statuses.get(status, 0) + 1
-            facts = {
-                "tables": {name: write_part(place(attempt), name, tables[name], number) for name in BLOCK_TABLES},
-                "statuses": statuses,
-                "groups": groups,
-                "seconds": time.monotonic() - opened,
-                "seconds_to_map": opened - started,
-                "compile_seconds": compile_seconds,
-                "built": built,
-                "host": socket.gethostname(),
-                "folder": str(folder),
-                "first": first[0] if first else time.time(),
-            }
-            write_json(marker, facts)
-            return facts
-
-        marker = place(attempt) / f"block-{number:05d}.json"
-        before = TaskContext.get().attemptNumber()
-        if before < s["give_up"]:
-            return solved()
-        # Spark would give up the whole run next.  Workers may have been killed for nobody's fault, so the block is
-        # tried in a process of its own: only what ends that is the block's affair, and costs its labels
-        marker.unlink(missing_ok=True)
-        verdict = alone(0, solved, Limits(seconds=0, memory=0))
-        if verdict:
-            log.warning("block %d in a process of its own: %s", number, verdict["what"])
-            # the same words every time: they are part of the model
-            ended = "killed, out of memory?" if verdict["reason"] == "oom" else verdict["what"]
-            cause = f"the worker died {before} times; in a process of its own the block was {ended}"
-            return written(failed_block(label_ids, gold, cause))
-        if not marker.is_file():
-            raise ServiceError(f"block {number} of train was stopped from outside; run the same command again")
-        return json.loads(marker.read_text())
+        tables["suspicious"] = named(tables["suspicious"], s["labels"], folder)
+        statuses: dict[str, int] = {}
+        for status in tables["label_models"]["status"].to_pylist():
+            statuses[status] = statuses.get(status, 0) + 1
+        facts = {
+            "tables": {name: write_part(place(attempt), name, tables[name], number) for name in BLOCK_TABLES},
+            "statuses": statuses,
+            "groups": groups,
+            "seconds": time.monotonic() - opened,
+            "seconds_to_map": opened - started,
+            "compile_seconds": compile_seconds,
+            "built": built,
+            "host": socket.gethostname(),
+            "folder": str(folder),
+            "first": first[0] if first else time.time(),
+        }
+        write_json(place(attempt) / f"block-{number:05d}.json", facts)
+        return facts
 
     return solve
+
+
+def _guilt(before: int, crumb: Place, s: dict, work: Callable) -> str:
+    """Why a block is not to be solved in this worker: it has ended a process of its own.  Empty where it has not.
+
+    Workers that died before it may have been killed for nobody's fault.  So it is tried in a child process from the
+    attempt before the last on; a crumb stays where that took the worker along, and the last attempt believes it.
+
+    before: how often Spark has tried the block.
+    """
+    if before < max(s["give_up"] - 1, 1):
+        return ""
+    if before >= s["give_up"] and crumb.is_file() and crumb.read_text() == s["job"]:
+        return "it ends its worker, and not alone; out of memory?"  # Spark would give up the whole run
+    write_bytes(crumb, s["job"].encode())
+    verdict = poison.alone(0, work, poison.Limits(seconds=0, memory=0))
+    crumb.unlink(missing_ok=True)
+    if verdict is None or verdict["reason"] not in ("oom", "worker_crash"):
+        return ""
+    # the same words every time, as they are part of the model: no measure, no number of attempts
+    ended = "killed; out of memory?" if verdict["reason"] == "oom" else verdict["what"]
+    return f"a process of its own was {ended}"
 
 
 def named(doubts: pa.Table, labels: list[str], folder: Path) -> pa.Table:

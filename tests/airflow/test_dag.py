@@ -17,6 +17,7 @@ pytest.importorskip("airflow", reason="Airflow has an environment of its own: ma
 
 from airflow.sdk import Param
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException, ParamValidationError
+from upath import UPath
 
 from jobs import dag
 from pipeline import errors
@@ -116,6 +117,8 @@ print(len(module.fit_dag.tasks), len(module.tag_dag.tasks))
 
 # -- parameters --------------------------------------------------------------------------------------------------------
 
+STORES = [f"{scheme}://b/a" for scheme in ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az")]
+STORES.append("abfss://container@account.dfs.core.windows.net/a b/*.parquet")
 GOOD = {
     "input": [
         "/data/a.jsonl",
@@ -128,7 +131,7 @@ GOOD = {
         "abfs://b/a",
         HOSTILE,
     ],
-    "run": ["/runs", "/", "file:///runs", "/a b/ü"],
+    "run": ["/runs", "/", "file:///runs", "/a b/ü", "s3://b/runs"],
     "config": [None, "/conf/cluster.yaml"],
     "master": ["local", "local[*]", "local[2]", "spark://h1:7077,h2:7077", "yarn", "k8s://https://host:6443"],
     "driver_memory": ["900m", "2g"],
@@ -141,7 +144,7 @@ PATHS = ["a", "../a", "/a/../b", "/..", "/a/..", "file:///a/../b", "/a\nb", "/a\
 URIS = ["s3://a", "s3:///a", "s3://a/../b", "s3://me:secret@a/b", "s3://a/b\n", "http://a/b", "s3://-a/b"]
 BAD = {
     "input": [*PATHS, *URIS, "table:a;b", "table:", None, "/" + "a" * 5000, ["/a"]],
-    "run": [*PATHS, *URIS, "s3://a/b", None],
+    "run": [*PATHS, *URIS, None],
     "config": [*PATHS, "s3://a/b"],
     "master": ["", "local[0]", "local[2]; x", "spark://", "http://h", "spark://h --conf x", "local[2]\n", None],
     "driver_memory": ["2", "0g", "2g -x", "2g\n", None],
@@ -389,6 +392,31 @@ def test_of_two_that_are_promoted_at_once_the_better_one_stays(tmp_path):
     for thread in threads:
         thread.join()
     assert dag.champion(runs)["date"] == "2026-11-20"
+
+
+def test_a_folder_of_runs_in_an_object_store():
+    root = UPath("memory://of-this-test/runs")
+    root.mkdir(parents=True)
+    runs = str(root)
+    for day, value in ((23, 0.8), (24, 0.81), (25, 0.7)):
+        folder = root / f"2026-11-{day}"
+        folder.mkdir()
+        (folder / "metrics.json").write_text(json.dumps({"metrics": {"micro_f1": value}}))
+    outcomes = []
+    for day in (23, 24, 25, 24):
+        run = f"{runs}/2026-11-{day}"
+        with dag.deciding(runs):
+            outcomes.append(dag.verdict(runs, run, "micro_f1", 0))
+            if outcomes[-1][0]:
+                dag.crown(runs, run, f"2026-11-{day}")
+    assert [better for better, _ in outcomes] == [True, True, False, True]
+    assert outcomes[0][1].endswith("no champion yet") and outcomes[3][1].endswith("is the champion")
+    assert dag.champion(runs) == {"run": f"{runs}/2026-11-24", "date": "2026-11-24"}
+
+
+def test_a_store_whose_file_system_is_not_installed_fails_without_a_retry():
+    with pytest.raises(AirflowFailException, match=r"abfs://b/runs: .*adlfs.* in the environment of Airflow"):
+        dag.champion("abfs://b/runs")
 
 
 @pytest.mark.parametrize(

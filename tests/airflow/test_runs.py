@@ -1,9 +1,11 @@
 """Whole runs of both DAGs by `airflow dags test` on a cluster of this host: the promises hold under Airflow too."""
 
 import contextlib
+import copy
 import json
 import os
 import random
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -14,6 +16,11 @@ import psutil
 import pytest
 
 pytest.importorskip("airflow", reason="Airflow has an environment of its own: make airflow-test")
+
+import s3fs
+
+from tests.conftest import TOY
+from tests.object_store import CREDENTIALS
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(os.environ.get("TAGMILL_BIN") or ROOT / ".venv" / "bin")
@@ -226,3 +233,53 @@ def test_settings_that_differ_from_those_of_the_run_are_refused(airflow, killed)
     assert "tagmill: ingest: exit code 78" in said and "train.C" in said
     assert said.count("Spark-Submit cmd") == 1
     assert hashes(run) == before
+
+
+@pytest.fixture
+def store(tmp_path):
+    """An object store on the loopback: the environment of who uses it, and a bucket."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with (tmp_path / "store.log").open("w") as log:
+        server = subprocess.Popen([BIN / "moto_server", "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)
+    environment = {**CREDENTIALS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            files = s3fs.S3FileSystem(use_listings_cache=False)
+            until = time.monotonic() + 60
+            while True:
+                try:
+                    files.mkdir("runs-of-airflow")
+                    break
+                except OSError:
+                    assert server.poll() is None and time.monotonic() < until, (tmp_path / "store.log").read_text()
+                    time.sleep(0.3)
+            yield environment, files, "runs-of-airflow"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_runs_in_an_object_store_are_fitted_promoted_and_tag(airflow, store, tmp_path):
+    environment, files, bucket = store
+    airflow = copy.copy(airflow)
+    airflow.environment = {**airflow.environment, **environment}
+    files.pipe(f"{bucket}/in/2026-12-01.jsonl", TOY.read_bytes())
+    config = tmp_path / "store.yaml"
+    config.write_text(f"mlflow: {{enabled: false}}\nspark: {{cache_dir: {json.dumps(str(tmp_path / 'cache'))}}}\n")
+    conf = {
+        "run": f"s3://{bucket}/runs", "input": f"s3://{bucket}/in/{{date}}.jsonl", "master": "local[2]",
+        "config": str(config),
+    }  # fmt: skip
+    code, said = airflow.test("tagmill_fit", "2026-12-02", **conf)
+    assert code == 0, said[-3000:]
+    assert "and no champion yet" in said
+    run = f"s3://{bucket}/runs/2026-12-01"
+    assert json.loads(files.cat(f"{bucket}/runs/champion.json")) == {"run": run, "date": "2026-12-01"}
+    code, said = airflow.test("tagmill_tag", "2026-12-01", **conf)
+    assert code == 0, said[-3000:]
+    card = json.loads(files.cat(f"{bucket}/runs/tags/2026-12-01/_MANIFEST.json"))
+    assert card["rows"] == {"tags": 40}

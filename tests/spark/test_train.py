@@ -318,11 +318,62 @@ def test_a_block_whose_workers_are_killed_for_nobodys_fault_is_solved(golden, co
 def test_a_block_whose_worker_dies_again_and_again_costs_its_labels_only(golden, copy, monkeypatch):
     monkeypatch.setattr(train, "_solver", deadly(train._solver))
     run = again(copy("featurize"), "train.max_failed=2")
-    failed = {name for name, status in statuses(run).items() if status.startswith("failed: the worker died 3 times")}
+    killed = "failed: a process of its own was killed; out of memory?"
+    failed = {name for name, status in statuses(run).items() if status == killed}
     assert len(failed) == 2
-    assert all("the block was killed, out of memory?" in statuses(run)[name] for name in failed)
     before, after = rows(golden, "label_models"), rows(run, "label_models")
     assert {name for name, _ in before if before[name, None] != after[name, None]} == failed
+
+
+class Trial:
+    """What the trial of a block sees: how often Spark has tried it, and what its work does to a process."""
+
+    def __init__(self, folder, attempts=4):
+        self.crumb, self.broadcast = folder / "trial-00000", {"give_up": max(attempts - 1, 1), "job": "this one"}
+        self.runs = folder / "runs"
+
+    def __call__(self, before, work=lambda: None):
+        def counted(_):
+            with self.runs.open("a") as file:
+                file.write("x")
+            work()
+
+        found = train._guilt(before, self.crumb, self.broadcast, counted)
+        runs = len(self.runs.read_text()) if self.runs.exists() else 0
+        self.runs.unlink(missing_ok=True)
+        return found, runs
+
+
+def fail(error):
+    raise error
+
+
+def test_a_block_is_tried_in_a_process_of_its_own_before_it_is_given_up(tmp_path):
+    trial = Trial(tmp_path)
+    assert [trial(before) for before in range(4)] == [("", 0), ("", 0), ("", 1), ("", 1)]
+    assert [Trial(tmp_path, 2)(before) for before in (0, 1)] == [("", 0), ("", 1)]
+    assert Trial(tmp_path, 1)(0) == ("", 0)
+    assert trial(2, lambda: os.kill(os.getpid(), signal.SIGKILL)) == (
+        "a process of its own was killed; out of memory?",
+        3,
+    )
+    assert trial(2, lambda: os.kill(os.getpid(), signal.SIGSEGV)) == ("a process of its own was ended by SIGSEGV", 1)
+    assert trial(2, lambda: os._exit(7)) == ("a process of its own was left with exit code 7", 1)
+    # no fault of the block, or one that the solver tells by itself
+    assert trial(2, lambda: os.kill(os.getpid(), signal.SIGTERM)) == ("", 3)
+    assert trial(2, lambda: fail(OSError(28, "No space left on device"))) == ("", 1)
+    assert not trial.crumb.exists()
+
+
+def test_a_trial_that_took_its_worker_along_is_believed_by_the_last_attempt_of_the_same_job(tmp_path):
+    trial = Trial(tmp_path)
+    trial.crumb.write_text("this one")
+    assert trial(1) == ("", 0)
+    assert trial(3) == ("it ends its worker, and not alone; out of memory?", 0)
+    trial.crumb.write_text("an earlier one")
+    assert trial(3) == ("", 1)
+    trial.crumb.write_text("this one")
+    assert trial(2) == ("", 1)  # a copy of the task that speculation began
 
 
 def test_more_failures_than_allowed_end_the_run_and_are_tried_again(golden, copy, monkeypatch):

@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import importlib.metadata
+import json
 import logging
 import os
 import shutil
@@ -32,7 +33,7 @@ from pipeline.errors import (
 )
 from pipeline.flow import FIT
 from pipeline.stages import poison
-from pipeline.store import Run, fingerprint
+from pipeline.store import FAILURE, Run, fingerprint
 
 ROOT = Path(entry.__file__).parents[1]
 STAGES = {stage.name: stage for stage in FIT}
@@ -319,7 +320,10 @@ def test_our_own_errors_stay_as_they_are():
 
 
 @pytest.mark.parametrize(("kind", "code"), [(Terminated, 143), (KeyboardInterrupt, 130)])
-def test_a_signal_is_told_where_a_library_raises_another_error_as_it_cleans_up(capsys, kind, code):
+def test_a_signal_is_told_where_a_library_raises_another_error_as_it_cleans_up(tmp_path, capsys, kind, code):
+    run = Run(tmp_path / "run")
+    run.prepare()
+
     def collect():
         try:
             raise kind
@@ -327,13 +331,25 @@ def test_a_signal_is_told_where_a_library_raises_another_error_as_it_cleans_up(c
             raise RuntimeError("Exception thrown in awaitResult")
 
     def command():
-        try:
-            collect()
-        except RuntimeError as error:
-            raise ValueError("in words of ours") from error
+        with run.writing(), entry._failure_kept(run, "train"):
+            try:
+                collect()
+            except RuntimeError as error:
+                raise ValueError("in words of ours") from error
 
     assert guarded(command) == code
     assert capsys.readouterr().err.count("run the same command again to go on") == 1
+    failure = json.loads((run.root / FAILURE).read_text())
+    assert (failure["code"], failure["message"]) == (code, "stopped by a signal")
+
+
+def test_a_signal_that_was_dealt_with_is_no_reason(capsys):
+    def command():
+        with contextlib.suppress(Terminated):
+            raise Terminated
+        raise DataError("of another kind")
+
+    assert guarded(command) == 65
 
 
 # -- log lines ---------------------------------------------------------------------------------------------------------

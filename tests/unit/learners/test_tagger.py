@@ -176,7 +176,11 @@ def folder(tmp_path):
     vocabulary = choose_terms(counted, len(TEXTS), FeaturizeConfig(min_df=1))
     assert vocabulary.num_rows <= FEATURES
     labels = pa.table(
-        {"label_id": range(LABELS), "label": [f"label {k}" for k in range(LABELS)], "support": [1] * LABELS}
+        {
+            "label_id": pa.array(range(LABELS), pa.int32()),
+            "label": [f"label {k}" for k in range(LABELS)],
+            "support": [1] * LABELS,
+        }
     )
     thresholds = pa.table(
         {
@@ -319,7 +323,7 @@ def test_a_newer_format_is_refused(folder):
 def test_a_name_that_leaves_the_folder_is_refused(folder):
     (folder.parent / "outside").write_bytes(b"x")
     with_card(folder, sha256={**sha256(folder), "../outside": digest(folder.parent / "outside")})
-    with pytest.raises(DataError, match="outside"):
+    with pytest.raises(DataError, match=r"tagger\.json: not the card of a tagger"):
         Tagger.load(folder)
 
 
@@ -328,8 +332,16 @@ def test_a_card_that_leaves_a_file_out_is_refused(folder):
     whole = sha256(folder)
     for name in ("vocabulary.parquet", "weights-bias.npy"):
         with_card(folder, sha256={k: v for k, v in whole.items() if k != name})
-        with pytest.raises(DataError, match=r"tagger\.json: not the card .*sha256 of .*" + name):
+        with pytest.raises(DataError, match=r"tagger\.json: not the card .*sha256 of .*" + name[:5]):
             Tagger.load(folder)
+    for name in ("rules.json", "decision.json"):
+        with_card(folder, sha256={k: v for k, v in whole.items() if k != name})
+        with pytest.raises(DataError, match=name):
+            Tagger.load(folder)
+    (folder / "decision.json").unlink()
+    with_card(folder, format=2, sha256={k: v for k, v in whole.items() if k != "decision.json"})
+    with pytest.raises(DataError, match=r"tagger\.json: not the card .*decision\.json"):
+        Tagger.load(folder)
 
 
 def replaced(folder, **arrays):
@@ -345,6 +357,7 @@ def replaced(folder, **arrays):
     lambda w: {"labels": w.labels[:-1]},
     lambda w: {"labels": w.labels.astype(np.int64)},
     lambda w: {"labels": w.labels.astype(">i4")},
+    lambda w: {"indptr": np.array([0, 2**62, -(2**63), -(2**62), *[w.values.size] * (w.indptr.size - 4)])},
     lambda w: {"indptr": w.indptr + 1},
     lambda w: {"indptr": w.indptr[:3]},
     lambda w: {"indptr": np.concatenate([w.indptr[:1], w.indptr[-1:], w.indptr[2:]])},
@@ -356,8 +369,95 @@ def test_arrays_that_kernels_may_not_go_by_are_refused(folder, change):
     replaced(folder)
     whole = Tagger.load(folder).weights
     replaced(folder, **change(whole))
-    with pytest.raises(DataError, match="not a model, though the SHA-256"):
+    with pytest.raises(DataError, match=r"weights-\*\.npy do not fit each other"):
         Tagger.load(folder)
+
+
+def test_weights_of_no_label_have_no_label(tmp_path):
+    arrays = {"indptr": [0, 1], "labels": [0], "values": [1], "bias": []}
+    for (name, array), kind in zip(arrays.items(), (np.int64, np.int32, np.float32, np.float32), strict=True):
+        np.save(tmp_path / f"weights-{name}.npy", np.array(array, kind))
+    with pytest.raises(DataError, match="do not fit each other"):
+        Weights.load(tmp_path)
+
+
+def column(change):
+    return lambda table, name: table.set_column(table.schema.get_field_index(name), name, change(table[name]))
+
+
+def first(value):
+    """Another value in the first row."""
+    return column(lambda c: pa.array([value, *c.to_pylist()[1:]], c.type))
+
+
+def as_type(kind):
+    return column(lambda c: c.cast(kind))
+
+
+@pytest.mark.parametrize(("table", "name", "change", "says"), [
+    ("vocabulary", "feature_id", first(-1), "feature_id does not count its rows"),
+    ("vocabulary", "feature_id", first(3), "feature_id does not count its rows"),
+    ("vocabulary", "feature_id", as_type(pa.int64()), "feature_id is int64"),
+    ("vocabulary", "hash", column(lambda c: pa.array([c[1].as_py(), *c.to_pylist()[1:]])), "a hash stands twice"),
+    ("vocabulary", "idf", first(float("nan")), "idf holds numbers that are none"),
+    ("vocabulary", "idf", first(None), "idf has nulls"),
+    ("vocabulary", "idf", as_type(pa.string()), "idf is string"),
+    ("labels", "label_id", first(7), "label_id does not count its rows"),
+    ("labels", "label", first("label 3"), "a label stands twice"),
+    ("labels", "label", first(None), "label has nulls"),
+    ("labels", "label", as_type(pa.binary()), "label is binary"),
+    ("thresholds", "label_id", first(9), "label_id does not count its rows"),
+    ("thresholds", "threshold", first(float("nan")), "threshold holds numbers that are none"),
+    ("thresholds", "a", first(float("inf")), "a holds numbers that are none"),
+    ("thresholds", "b", first(None), "b has nulls"),
+])  # fmt: skip
+def test_tables_that_no_tags_may_come_of_are_refused(folder, table, name, change, says):
+    path = folder / f"{table}.parquet"
+    pq.write_table(change(pq.read_table(path), name), path)
+    replaced(folder)
+    with pytest.raises(DataError, match=f"table {table}: {says}; it is damaged"):
+        Tagger.load(folder)
+
+
+@pytest.mark.parametrize(("score", "log_odds", "says"), [
+    ([[0.0, 1.0], []], [[0.0], []], "knots of different numbers"),
+    ([[0.0, 1.0], [2.0]], [[0.0], [1.0, 2.0]], "knots of different numbers"),
+    ([[1.0, 0.0], []], [[0.0, 1.0], []], "knots do not ascend"),
+    ([[0.0, float("nan")], []], [[0.0, 1.0], []], "knots hold numbers that are none"),
+    ([[0.0, 1.0], [0.5, 2.0]], [[0.0, 1.0], [0.0, 1.0]], None),  # each label has its own
+])  # fmt: skip
+def test_knots_are_checked(folder, score, log_odds, says):
+    path = folder / "thresholds.parquet"
+    table = pq.read_table(path)
+    for name, values in (("knot_score", score), ("knot_log_odds", log_odds)):
+        table = table.append_column(name, pa.array(values + [[]] * (LABELS - 2), pa.list_(pa.float64())))
+    pq.write_table(table, path)
+    replaced(folder)
+    if says is None:
+        Tagger.load(folder)
+        return
+    with pytest.raises(DataError, match=f"table thresholds: {says}"):
+        Tagger.load(folder)
+
+
+@pytest.mark.parametrize("content", ["null", "0", "[]", '{"exclude": "label 1"}', '{"implies": {}}', "{", "\x00"])
+def test_rules_that_are_none_are_refused(folder, content):
+    (folder / "rules.json").write_text(content)
+    replaced(folder)
+    with pytest.raises(DataError, match=r"rules\.json: .*expected the rules that calibrate writes"):
+        Tagger.load(folder)
+
+
+def test_settings_of_a_card_are_taken_as_they_are_checked(folder):
+    for sublinear, ngrams in (("false", 1.0), (False, 1)):
+        with_card(folder, settings={**SETTINGS, "sublinear": sublinear, "ngrams": ngrams})
+        settings = Tagger.load(folder).settings
+        assert (settings["sublinear"], settings["ngrams"]) == (False, 1)
+        assert type(settings["ngrams"]) is int
+    for wrong in ({"ngrams": 9}, {"max_tags": 10**30}, {"max_tags": None}, {"sublinear": "perhaps"}):
+        with_card(folder, settings={**SETTINGS, **wrong})
+        with pytest.raises(DataError, match=r"tagger\.json: not the card"):
+            Tagger.load(folder)
 
 
 def test_tables_of_different_runs_are_refused(folder):
@@ -365,6 +465,6 @@ def test_tables_of_different_runs_are_refused(folder):
     weights = Weights.load(folder)
     Tagger.from_tables(*tables, weights, SETTINGS)
     for at in (1, 2):
-        shorter = [t.slice(1) if k == at else t for k, t in enumerate(tables)]
+        shorter = [t.slice(0, t.num_rows - 1) if k == at else t for k, t in enumerate(tables)]
         with pytest.raises(DataError, match="different runs"):
             Tagger.from_tables(*shorter, weights, SETTINGS)

@@ -89,6 +89,18 @@ def test_who_is_asked_to_end_is_never_convicted(number):
     assert alone(0, lambda _: os.kill(os.getpid(), number), LIMITS) is None
 
 
+def test_kills_of_several_kinds_are_no_evidence(tmp_path):
+    """Somebody ends processes here, in one way and another."""
+
+    def work(_):
+        count = len(list(tmp_path.iterdir()))
+        (tmp_path / str(count)).touch()
+        os.kill(os.getpid(), (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL)[count])
+
+    assert alone(0, work, LIMITS) is None
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_a_timer_counts_whatever_a_parent_does_with_its_signal():
     before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
