@@ -45,6 +45,8 @@ class Section(BaseModel):
         kind = cls.model_fields[info.field_name].annotation
         if kind in (int, float, Literal[0, 1]) and isinstance(value, bool | str):
             raise PydanticCustomError("not_a_number", "a number" if kind is not int else "a whole number")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise PydanticCustomError("too_long", "a number of at most 64 bits")
         return value
 
     @classmethod
@@ -277,9 +279,7 @@ class EvaluateConfig(Section):
 class TagConfig(Section):
     """What is said of a new document."""
 
-    max_tags: int = Field(
-        0, ge=0, le=1_000_000, description="at most this many tags a document, the most probable; 0: no limit"
-    )
+    max_tags: int = Field(0, ge=0, description="at most this many tags a document, the most probable; 0: no limit")
 
 
 class SparkConfig(Section):

@@ -7,7 +7,6 @@ implies, excludes, at_most, at_least, include, exclude, synonyms.  Empty means t
 import csv
 import difflib
 import io
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -210,8 +209,7 @@ def parsed(content: bytes, place: object) -> Document:
     """
     if content.strip() == b"{}":
         return {}
-    _Kept.of_bytes(content, place, "the rules")
-    return json.loads(content)
+    return _Kept.of_bytes(content, place, "the rules").model_dump(mode="json")
 
 
 def check_labels(document: Document, labels: list[str]) -> list[str]:

@@ -317,7 +317,9 @@ def _by_id(name: str, table: pa.Table) -> pa.Table:
         if not true:
             raise DataError(f"table {name}: {what}; it is damaged, or of another version: fit or fetch the model again")
 
-    for column in (*READ[name], *(c for c in KNOTS if c in table.column_names)):
+    knots = [column for column in KNOTS if column in table.column_names]
+    expect(len(knots) != 1, f"no column to go with {knots}")
+    for column in (*READ[name], *knots):
         expect(column in table.column_names, f"no column {column}")
         expect(table[column].type == schema.field(column).type, f"{column} is {table[column].type}")
         expect(column == "threshold" or not table[column].null_count, f"{column} has nulls")
@@ -330,9 +332,9 @@ def _by_id(name: str, table: pa.Table) -> pa.Table:
     for column in ("hash", "label"):
         if column in READ[name]:
             expect(len(pa.compute.unique(table[column])) == table.num_rows, f"a {column} stands twice")
-    if KNOTS[0] in table.column_names:
-        lengths = [pa.compute.list_value_length(table[column]).to_numpy() for column in KNOTS]
-        score, log_odds = (_flat(table, column) for column in KNOTS)
+    if knots:
+        lengths = [pa.compute.list_value_length(table[column]).to_numpy() for column in knots]
+        score, log_odds = (_flat(table, column) for column in knots)
         within = np.ones(max(0, score.size - 1), np.bool_)
         ends = np.cumsum(lengths[0])
         within[ends[(ends > 0) & (ends < score.size)] - 1] = False

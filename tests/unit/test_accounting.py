@@ -102,6 +102,10 @@ def drawn(draw, kind, ids):
     return out
 
 
+def encoded(draw, record):
+    return json.dumps(record, ensure_ascii=draw.random() < 0.5).encode()
+
+
 def lines_of(draw, records):
     """JSON Lines, with blank ones between them; the position of each record."""
     sink, positions = io.BytesIO(), []
@@ -109,7 +113,7 @@ def lines_of(draw, records):
     for number, (reason, record) in enumerate(records):
         sink.write(draw.choice([b"", b"", b"\n", b" \r\n"]) if number else b"")
         positions.append(sink.tell() if number else 0)
-        sink.write(record.replace(b"nobody", b"bad%d" % draw.randrange(3)) if reason else json.dumps(record).encode())
+        sink.write(record.replace(b"nobody", b"bad%d" % draw.randrange(3)) if reason else encoded(draw, record))
         sink.write(draw.choice([b"\n", b"\r\n"]))
     return sink.getvalue(), positions
 

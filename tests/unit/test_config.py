@@ -115,6 +115,12 @@ def test_set_reads_values(item, expected):
     assert type(found) is type(expected)
 
 
+@pytest.mark.parametrize("key", [key for key, value in flat(Config()).items() if type(value) is int])
+def test_whole_numbers_have_at_most_64_bits(key):
+    assert key in refusal(sets=[f"{key}={2**63}"])
+    assert key in refusal(sets=[f"{key}=-{10**400}"])
+
+
 def test_set_entries_of_a_mapping_add_up():
     sets = ("spark.options.spark.a=x", "spark.options.spark.b=y", "spark.options.spark.a=z")
     assert setting("spark.options", *sets) == {"spark.a": "z", "spark.b": "y"}
