@@ -212,11 +212,7 @@ class Tagger(NamedTuple):
         Raises DataError for a changed file, and for one that is no part of a model, ConfigError for a newer format.
         """
         folder = Path(folder)
-        card, settings, digests = _card(folder / "tagger.json")
-        if card["format"] > FORMAT:
-            raise ConfigError(
-                f"{folder}: format {card['format']} is newer than this version reads ({FORMAT}); upgrade tagmill"
-            )
+        settings, digests = _card(folder / "tagger.json")
         for name in sorted(digests.keys() | {name for name in OTHERS if (folder / name).exists()}):
             if not (folder / name).is_file() or digest(folder / name) != digests.get(name):
                 raise DataError(
@@ -290,20 +286,24 @@ class Tagger(NamedTuple):
 
 
 def _card(path):
-    """What tagger.json holds, its settings, and the SHA-256 by name of file."""
+    """The settings that tagger.json holds, and the SHA-256 by name of file."""
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
-        settings, digests = card["settings"], card["sha256"]
+        version, settings, digests = card["format"], card["settings"], card["sha256"]
+        if not isinstance(version, int):
+            raise ValueError(f"format is {version!r}")
+        if version > FORMAT:
+            raise ConfigError(f"{path}: format {version} is newer than this version reads ({FORMAT}); upgrade tagmill")
         needed = {f"{name}.parquet" for name in READ} | {f"weights-{name}.npy" for name in Weights._fields}
-        if card["format"] != 1:  # it does not tag by thresholds alone, whatever is gone
+        if version > 1:  # it does not tag by thresholds alone, whatever is gone
             needed.add("decision.json")
-        if not isinstance(card["format"], int) or not needed <= digests.keys() <= needed | set(OTHERS):
-            raise ValueError(f"expected format, settings and sha256 of {', '.join(sorted(needed))}")
+        if not needed <= digests.keys() <= needed | set(OTHERS):
+            raise ValueError(f"expected the sha256 of {', '.join(sorted(needed))}")
         featurize = FeaturizeConfig(ngrams=settings["ngrams"], sublinear=settings["sublinear"])
         most = TagConfig(max_tags=settings["max_tags"]).max_tags
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: not the card of a tagger ({shown(error, 200)}); fetch the model again") from error
-    return card, {**settings, "ngrams": featurize.ngrams, "sublinear": featurize.sublinear, "max_tags": most}, digests
+    return {**settings, "ngrams": featurize.ngrams, "sublinear": featurize.sublinear, "max_tags": most}, digests
 
 
 def _by_id(name: str, table: pa.Table) -> pa.Table:
@@ -320,7 +320,7 @@ def _by_id(name: str, table: pa.Table) -> pa.Table:
     knots = [column for column in KNOTS if column in table.column_names]
     expect(len(knots) != 1, f"no column to go with {knots}")
     for column in (*READ[name], *knots):
-        expect(column in table.column_names, f"no column {column}")
+        expect(table.column_names.count(column) == 1, f"{table.column_names.count(column)} columns {column}")
         expect(table[column].type == schema.field(column).type, f"{column} is {table[column].type}")
         expect(column == "threshold" or not table[column].null_count, f"{column} has nulls")
         if pa.types.is_floating(table[column].type):
@@ -333,15 +333,19 @@ def _by_id(name: str, table: pa.Table) -> pa.Table:
         if column in READ[name]:
             expect(len(pa.compute.unique(table[column])) == table.num_rows, f"a {column} stands twice")
     if knots:
-        lengths = [pa.compute.list_value_length(table[column]).to_numpy() for column in knots]
-        score, log_odds = (_flat(table, column) for column in knots)
-        within = np.ones(max(0, score.size - 1), np.bool_)
-        ends = np.cumsum(lengths[0])
-        within[ends[(ends > 0) & (ends < score.size)] - 1] = False
-        expect(np.array_equal(*lengths), "knots of different numbers")
-        expect(np.isfinite(score).all() and np.isfinite(log_odds).all(), "knots hold numbers that are none")
-        expect((np.diff(score)[within] >= 0).all(), "knots do not ascend")
+        _check_knots(table, expect)
     return table
+
+
+def _check_knots(table, expect):
+    score, log_odds = (_flat(table, column) for column in KNOTS)
+    lengths = [pa.compute.list_value_length(table[column]).to_numpy() for column in KNOTS]
+    expect(np.array_equal(*lengths), "knots of different numbers")
+    expect(np.isfinite(score).all() and np.isfinite(log_odds).all(), "knots hold numbers that are none")
+    ends = np.cumsum(lengths[0])
+    inside = np.ones(max(0, score.size - 1), np.bool_)  # whether a knot and the next are of one label
+    inside[ends[(ends > 0) & (ends < score.size)] - 1] = False
+    expect((np.diff(score)[inside] >= 0).all(), "knots do not ascend")
 
 
 def tag_lists(S: np.ndarray, decisions: Decisions, labels: list[str], max_tags: int = 0) -> pa.Array:

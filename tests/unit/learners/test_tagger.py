@@ -315,7 +315,7 @@ def test_a_damaged_card_is_refused(folder, content):
 
 
 def test_a_newer_format_is_refused(folder):
-    with_card(folder, format=tagger.FORMAT + 1)
+    with_card(folder, format=tagger.FORMAT + 1, sha256={**sha256(folder), "more.npy": "0"})
     with pytest.raises(ConfigError, match="newer"):
         Tagger.load(folder)
 
@@ -402,6 +402,7 @@ def as_type(kind):
     ("vocabulary", "idf", first(float("nan")), "idf holds numbers that are none"),
     ("vocabulary", "idf", first(None), "idf has nulls"),
     ("vocabulary", "idf", as_type(pa.string()), "idf is string"),
+    ("labels", "support", lambda t, _: t.select(["label", "support"]), "0 columns label_id"),
     ("labels", "label_id", first(7), "label_id does not count its rows"),
     ("labels", "label", first("label 3"), "a label stands twice"),
     ("labels", "label", first(None), "label has nulls"),
