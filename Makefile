@@ -89,5 +89,5 @@ lint: $(VENV)/.ok  ## ruff, types of the public interface, layers
 lock: $(VENV)/.ok  ## resolve the dependencies anew
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-emit-index-url --generate-hashes --no-header --no-annotate --quiet --upgrade -o requirements.lock
 
-clean:  ## the environment, the demo run, what dist made
-	rm -rf $(VENV) runs dist
+clean:  ## the environment, the demo run, what dist made, what is left of a cluster that was stopped
+	rm -rf $(VENV) runs dist $(if $(wildcard $(CLUSTER)/cluster.json),,$(CLUSTER))

@@ -1,6 +1,7 @@
 """The command `tagmill`: fit, tag, calibrate, show, status, compare, register, demo."""
 
 import csv
+import importlib.metadata
 import json
 import sys
 from typing import Annotated
@@ -10,6 +11,7 @@ import typer
 from jobs import entry
 from pipeline import config as configuration
 from pipeline import versions
+from pipeline.code import code_version
 from pipeline.store import Run
 
 app = typer.Typer(
@@ -30,6 +32,21 @@ Input = Annotated[str, _PATH]
 RunDir = Annotated[str, typer.Option(metavar="DIR", help="Run folder, or its URI in an object store.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Redo what was made with other settings or input.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Traceback on failure.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"tagmill {importlib.metadata.version('tagmill')}, code {code_version()}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _any_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="The version, and a mark of the code.")
+    ] = False,
+) -> None:
+    """Tagmill tags documents with many labels."""
 
 
 def _names(item: str) -> list[str]:

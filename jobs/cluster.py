@@ -91,7 +91,8 @@ def down_locked(folder: Path) -> list[str]:
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # each leads a session of its own; executors are in it
     psutil.wait_procs(alive, timeout=STOP)
-    (folder / STATE).unlink(missing_ok=True)
+    for gone in (folder / STATE, folder / "conf" / "spark-defaults.conf"):  # the secret is of no use any more
+        gone.unlink(missing_ok=True)
     return [name for name, _ in found]
 
 

@@ -16,6 +16,8 @@ from pipeline.storage import Place
 from pipeline.store import FAILURE, Run
 
 UNFINISHED = 1  # exit code: nobody works on it, and nothing says why
+# failures after which nothing has to be mended before the same command is run again
+AGAIN = (errors.ServiceError.code, errors.LockedError.code, errors.INTERRUPTED, errors.TERMINATED)
 
 
 def status(run: Run, as_json: bool) -> int:
@@ -163,4 +165,6 @@ def _print(value):
         grid.add_row(item["stage"], item["state"], seconds, Text(text))
     out.print(grid)
     if value["state"] in ("failed", "unfinished"):
-        out.print(Text("run the same `tagmill fit` again to go on"))
+        failure = value["failure"]
+        mend = failure is not None and failure["code"] not in AGAIN
+        out.print(Text(f"{'mend that, then ' if mend else ''}run the same `tagmill fit` again to go on"))

@@ -19,12 +19,13 @@ from pipeline.errors import DataError, InputError, shown
 from pipeline.session import cores
 from pipeline.stages.parts import Outcome, hashes, map_tasks, run_tasks
 from pipeline.stages.poison import told
-from pipeline.storage import Place, on_this_host, place, replacing
+from pipeline.storage import Place, on_this_host, place, read_table, replacing
 from pipeline.store import write_part
 from pipeline.tables import TABLES
 
 PART_BYTES = 64 << 20  # of input for one part
 ORDER_SEED = "order"
+EXAMPLES = 3  # rejects that a message shows
 KEYED = sources.RAW_SCHEMA.append(pa.field("key", pa.int64())).append(pa.field("bucket", pa.int32()))
 CONTENT = ("text", "labels", "split")
 
@@ -61,7 +62,8 @@ def ingest(
     labels = _label_table(
         sum((collections.Counter(f["labels"]) for f in done.values()), collections.Counter()), cfg.ingest
     )
-    _check(total, accepted, reasons, labels, cfg.ingest, need_labels, convicted)
+    parts_of_rejects = [attempt / f["rejects"]["file"] for f in done.values()]
+    _check(total, accepted, reasons, labels, cfg.ingest, need_labels, convicted, lambda: _first_of(parts_of_rejects))
 
     # rows are numbered across parts once all parts are counted
     offsets = np.cumsum([0] + [done[p]["documents"]["rows"] if p in done else 0 for p in range(parts)])
@@ -97,16 +99,28 @@ def summary(facts: dict, rows: dict) -> str:
     )
 
 
-def _check(total, accepted, reasons, labels, cfg, need_labels, convicted):
+def _first_of(parts):
+    """The first rejects by file and place, as they may stand in a message."""
+    rows = [row for part in parts for row in read_table(part).slice(0, EXAMPLES).to_pylist()]  # each part is sorted
+    rows.sort(key=lambda row: (row["file"], row["position"]))
+    return "; the first are " + ", ".join(
+        f"{shown(row['file'], 200)} at {row['position']} ({row['reason']}): {shown(row['sample'], 40)}"
+        for row in rows[:EXAMPLES]
+    )
+
+
+def _check(total, accepted, reasons, labels, cfg, need_labels, convicted, first=lambda: ""):
     rejected = total - accepted
-    worst = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
+    worst = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
     worst += f"; quarantined: {told(convicted)}" if convicted else ""
     if accepted == 0:
-        raise DataError(f"all {total} records were rejected ({worst}); expected documents with doc_id and text")
+        raise DataError(
+            f"all {total} records were rejected ({worst}){first()}; expected documents with doc_id and text"
+        )
     if rejected > cfg.max_rejected * total:
         raise DataError(
-            f"{rejected} of {total} records were rejected ({worst}); at most the share {cfg.max_rejected} may be: "
-            "mend the input or raise ingest.max_rejected"
+            f"{rejected} of {total} records were rejected ({worst}){first()}; at most the share {cfg.max_rejected} may "
+            "be: mend the input or raise ingest.max_rejected"
         )
     if need_labels and labels.num_rows == 0:
         raise DataError(

@@ -111,7 +111,8 @@ def test_corrupt_parquet(outcome, tmp_path):
 
 def test_mostly_broken_lines(outcome, tmp_path):
     path = lines(tmp_path / "in.jsonl", [b"{broken\n"] * 10 + rows())
-    refused(outcome(path), 65, "10 of 40 records", "malformed_json", "ingest.max_rejected")
+    first = f"the first are {path} at 0 (malformed_json): {{broken, {path} at 8 (malformed_json)"
+    refused(outcome(path), 65, "10 of 40 records", "(10 malformed_json)", first, "ingest.max_rejected")
     code, line, folder = outcome(path, "ingest.max_rejected=0.5")
     assert code == 0, line
     assert rejects(folder) == ["malformed_json"] * 10

@@ -63,6 +63,7 @@ def test_the_secret_is_in_one_private_file_and_on_no_command_line(place):
     others = [p for p in place.rglob("*") if p.is_file() and p != path]
     assert not any(secret.encode() in p.read_bytes() for p in others)
     cluster.down(place)
+    assert not path.exists()
     cluster.up(place)
     assert secret not in path.read_text()
 
