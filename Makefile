@@ -38,16 +38,17 @@ demo: $(VENV)/.ok  ## fit a tagger on the docstrings of the installed libraries 
 	$(BIN)/tagmill demo --run runs/demo
 
 test: $(VENV)/.ok  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadfile -m "not slow and not bench"
+	$(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadfile -m "not slow and not chaos and not bench"
 
 test-slow: $(VENV)/.ok  ## the slow tests: kills and resumes, real corpora (with TAGMILL_DATA set)
 	$(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadfile -m slow
 
-chaos: $(VENV)/.ok  ## a hundred kills at random moments, then a few with guards taken away, which the loop must notice
+chaos: $(VENV)/.ok  ## kills at random moments, guards taken away, which the loop must notice; damage of every kind; all circumstances
 	$(BIN)/python -m tests.chaos --kills $(or $(KILLS),100) $(if $(SEED),--seed $(SEED))
 	for guard in in_place manifest_first keeps_rubbish; do \
 	    $(BIN)/python -m tests.chaos --kills 20 --mutation $$guard; [ $$? -eq 4 ] || exit 1; \
 	done
+	$(BIN)/python -m pytest -q -m chaos
 
 bench: $(VENV)/.ok bench-env  ## speed and memory against other libraries, side by side (with TAGMILL_DATA set)
 	$(BIN)/python -m pytest -q -s -m bench tests/bench

@@ -229,7 +229,7 @@ def check(seed, folder):
     return set(facts["reasons"])
 
 
-@pytest.mark.parametrize("corpora", [60, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("corpora", [60, pytest.param(1000, marks=pytest.mark.chaos)])
 def test_what_was_broken_is_rejected_for_it_and_nothing_else_is(tmp_path, corpora):
     seen = set()
     for seed in range(corpora):

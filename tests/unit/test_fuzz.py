@@ -225,7 +225,7 @@ def model(tagger):
     return [*(tagger / name for name in names), card, card], read
 
 
-COUNTS = [500, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+COUNTS = [500, pytest.param(10_000, marks=[pytest.mark.chaos, pytest.mark.timeout(1800)])]
 
 
 def attack(count, files, read):
