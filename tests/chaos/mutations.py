@@ -4,19 +4,20 @@ import contextlib
 import shutil
 import time
 
-SLOW = 0.2  # seconds until a file that is opened has its content
+SLOW = 1.0  # seconds until a manifest that is opened has its content
 
 
 def in_place(store):
-    """Files are written under their final names, on a slow disk: no temporary file of theirs, no rename."""
+    """Files are written under their final names, manifests slowly: no temporary file of theirs, no rename."""
 
     @contextlib.contextmanager
     def replacing(path):
-        moment = path.with_name(f".{path.name}.tmp")  # by which the loop knows a publication
-        moment.touch()
-        path.write_bytes(b"")
-        time.sleep(SLOW)
-        moment.unlink(missing_ok=True)
+        if path.name == store.MANIFEST:
+            moment = path.with_name(f".{path.name}.tmp")  # by which the loop knows a publication
+            moment.touch()
+            path.write_bytes(b"")
+            time.sleep(SLOW)
+            moment.unlink(missing_ok=True)
         yield path
 
     store.replacing = replacing
