@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 STAGES = ("ingest", "split", "featurize", "train", "calibrate", "evaluate")
 MODEL = ("vocabulary", "label_models", "curves", "histograms", "weights", "thresholds", "rules.json", "decision.json")
 JUDGED = ("label_counts", "confusions", "metrics.json")
+COUNTED = {"ingest": ("documents", "rejects"), "train": ("label_models",), "evaluate": ("test_documents",)}
 
 
 def manifests(run: Path) -> dict[str, dict]:
@@ -56,6 +57,7 @@ def violations(run: Path, truth: dict) -> list[str]:
     if list(known) != list(STAGES[: len(known)]):
         found.append(f"stages are finished out of order: {list(known)}")
     for stage, manifest in known.items():
+        found += [f"{stage}: no {table}" for table in COUNTED.get(stage, ()) if table not in manifest["tables"]]
         for table in manifest["tables"]:
             for path, item in zip(files(run, manifest, table), manifest["tables"][table], strict=True):
                 if not path.is_file():
