@@ -273,20 +273,6 @@ def test_documents(documents, count):
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_settings(settings_file, count):
-    assert min(attack(count, *settings_file).values()) > count / 50
-
-
-@pytest.mark.parametrize("count", COUNTS)
-def test_rules_and_hierarchy(rules_file, count):
-    assert min(attack(count, *rules_file).values()) > count / 50
-
-
-@pytest.mark.parametrize("count", COUNTS)
-def test_files_of_a_run(run_folder, count):
-    assert min(attack(count, *run_folder).values()) > count / 50
-
-
-@pytest.mark.parametrize("count", COUNTS)
-def test_files_of_a_model(model, count):
-    assert min(attack(count, *model).values()) > count / 50
+@pytest.mark.parametrize("reader", ["settings_file", "rules_file", "run_folder", "model"])
+def test_files_of_settings_rules_runs_and_models(request, reader, count):
+    assert min(attack(count, *request.getfixturevalue(reader)).values()) > count / 50
