@@ -251,10 +251,11 @@ def deciding(runs: str):
 
     In an object store there is no such lock; that Airflow runs one `promote` at a time has to do.
     """
-    if not isinstance(_place(runs), PosixPath):
+    folder = _place(runs)
+    if not isinstance(folder, PosixPath):
         yield
         return
-    descriptor = os.open(_place(runs) / ".champion.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o640)
+    descriptor = os.open(folder / ".champion.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o640)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -264,17 +265,17 @@ def deciding(runs: str):
 
 def crown(runs: str, run: str, date: str) -> None:
     """Write champion.json: old or new, never between."""
-    content = json.dumps({"run": run, "date": date})
-    if not isinstance(_place(runs), PosixPath):
-        (_place(runs) / CHAMPION).write_text(content)  # an object is put as a whole
+    folder, content = _place(runs), json.dumps({"run": run, "date": date})
+    if not isinstance(folder, PosixPath):
+        (folder / CHAMPION).write_text(content)  # an object is put as a whole
         return
-    with tempfile.NamedTemporaryFile("w", dir=_place(runs), prefix=f".{CHAMPION}.", delete=False) as part:
+    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=f".{CHAMPION}.", delete=False) as part:
         try:
             part.write(content)
             part.flush()
             os.fchmod(part.fileno(), 0o640)
             os.fsync(part.fileno())
-            os.replace(part.name, _place(runs) / CHAMPION)
+            os.replace(part.name, folder / CHAMPION)
         except BaseException:
             Path(part.name).unlink(missing_ok=True)
             raise
